@@ -1,0 +1,18 @@
+//! Sirocco's domain types: plain data that every crate shares. No I/O, no clocks, no threads.
+//!
+//! Wire and storage formats are made of these: the proto crate converts them to protobuf, the store keeps them as JSON.
+#![forbid(unsafe_code)]
+
+mod ids;
+mod member;
+mod model;
+mod placement;
+mod routing;
+mod sampling;
+
+pub use ids::{Epoch, ExpertId, ExpertKey, LayerId, NodeId, NodeIdError};
+pub use member::{Device, ExpertHoldings, Member, MemberState, RefusedExpert, Role};
+pub use model::{Dtype, Fingerprint, FingerprintError, ModelIdentity, ModelSpec};
+pub use placement::{EpochRef, LayerPlacement, Placement, PlacementKind};
+pub use routing::Routing;
+pub use sampling::{FinishReason, SamplingParams, SamplingParamsError, Timings, Usage, limits};
