@@ -1,0 +1,288 @@
+//! `sirocco.expert.v1` in domain types: what a router asks of an expert node and what it answers.
+
+use std::time::Duration;
+
+use sirocco_types::{ExpertId, Fingerprint, LayerId};
+
+pub use crate::wire::expert::expert_service_client::ExpertServiceClient;
+pub use crate::wire::expert::expert_service_server::{ExpertService, ExpertServiceServer};
+use crate::wire::expert::{self as wire, Status};
+use crate::{Rows, RowsError};
+
+/// One layer's rows for the experts of one node.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DispatchRequest {
+    /// Unique within its stream.
+    pub id: u64,
+    /// The checkpoint the router serves.
+    pub fingerprint: Fingerprint,
+    /// Which layer's experts are meant.
+    pub layer: LayerId,
+    /// What is left of the caller's time.
+    pub deadline: Option<Duration>,
+    /// `[rows, hidden_size]`.
+    pub hidden_states: Rows,
+    /// Which rows each expert runs on.
+    pub experts: Vec<ExpertRows>,
+}
+
+/// The rows one expert runs on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ExpertRows {
+    /// The expert.
+    pub expert: ExpertId,
+    /// Indices into the request's rows, each below their number.
+    pub rows: Vec<u32>,
+}
+
+/// The answer to one [`DispatchRequest`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct DispatchResponse {
+    /// The request's id.
+    pub id: u64,
+    /// The answer, or why there is none for any expert.
+    pub result: Result<ExpertOutputs, Refusal>,
+}
+
+/// What a node's experts made of a request.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ExpertOutputs {
+    /// One entry per entry of the request, in the same order.
+    pub experts: Vec<(ExpertId, Result<(), Refusal>)>,
+    /// `[rows, hidden_size]`, unweighted: for each expert without a refusal, in order, one row per row of its request.
+    pub rows: Rows,
+}
+
+/// Why a request, or one expert of it, was not run.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct Refusal {
+    /// What the caller can do about it.
+    pub reason: RefusalReason,
+    /// For a person.
+    pub message: String,
+}
+
+/// What a caller can do about a [`Refusal`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RefusalReason {
+    /// Look at the placement again.
+    NotHeld,
+    /// Nothing: the request is malformed.
+    Invalid,
+    /// Nothing: the node serves another checkpoint.
+    WrongModel,
+    /// Send it again.
+    Corrupt,
+    /// Try another replica, or later.
+    Unavailable,
+    /// Nothing: time is up.
+    DeadlineExceeded,
+    /// Try another replica: the node failed.
+    Internal,
+}
+
+impl Refusal {
+    /// A refusal for `reason`, explained by `message`.
+    pub fn new(reason: RefusalReason, message: impl Into<String>) -> Self {
+        Self { reason, message: message.into() }
+    }
+}
+
+impl DispatchRequest {
+    /// As it crosses the wire.
+    pub fn into_wire(self) -> wire::DispatchRequest {
+        wire::DispatchRequest {
+            id: self.id,
+            model_fingerprint: self.fingerprint.0.to_vec().into(),
+            layer: self.layer.0,
+            deadline_ms: self.deadline.map_or(0, |left| left.as_millis().clamp(1, u32::MAX as u128) as u32),
+            hidden_states: Some(self.hidden_states.into_wire()),
+            experts: self.experts.into_iter().map(|e| wire::ExpertRows { expert: e.expert.0, rows: e.rows }).collect(),
+        }
+    }
+
+    /// Checks a request. One that is malformed comes back as the answer to send.
+    pub fn from_wire(request: wire::DispatchRequest) -> Result<Self, DispatchResponse> {
+        let id = request.id;
+        Self::check(request).map_err(|refusal| DispatchResponse { id, result: Err(refusal) })
+    }
+
+    fn check(request: wire::DispatchRequest) -> Result<Self, Refusal> {
+        let invalid = |message: String| Refusal::new(RefusalReason::Invalid, message);
+        let fingerprint = request.model_fingerprint.as_ref().try_into().map_err(|_| {
+            invalid(format!("model_fingerprint: {} bytes long, must be 32", request.model_fingerprint.len()))
+        })?;
+        let tensor = request.hidden_states.ok_or_else(|| invalid("hidden_states: absent".into()))?;
+        let hidden_states = Rows::from_wire(tensor).map_err(|e| tensor_refusal("hidden_states", &e))?;
+        let count = hidden_states.len();
+        for expert in &request.experts {
+            if let Some(row) = expert.rows.iter().find(|&&row| row as usize >= count) {
+                return Err(invalid(format!(
+                    "experts: expert {} asks for row {row}, hidden_states has {count}",
+                    expert.expert
+                )));
+            }
+        }
+        Ok(Self {
+            id: request.id,
+            fingerprint: Fingerprint(fingerprint),
+            layer: LayerId(request.layer),
+            deadline: (request.deadline_ms > 0).then(|| Duration::from_millis(request.deadline_ms.into())),
+            hidden_states,
+            experts: request
+                .experts
+                .into_iter()
+                .map(|e| ExpertRows { expert: ExpertId(e.expert), rows: e.rows })
+                .collect(),
+        })
+    }
+}
+
+impl DispatchResponse {
+    /// As it crosses the wire.
+    pub fn into_wire(self) -> wire::DispatchResponse {
+        match self.result {
+            Ok(outputs) => wire::DispatchResponse {
+                id: self.id,
+                status: Status::Ok.into(),
+                message: String::new(),
+                experts: outputs.experts.into_iter().map(|(expert, result)| expert_result(expert, result)).collect(),
+                rows: (!outputs.rows.is_empty()).then(|| outputs.rows.into_wire()),
+            },
+            Err(refusal) => wire::DispatchResponse {
+                id: self.id,
+                status: status(refusal.reason).into(),
+                message: refusal.message,
+                ..Default::default()
+            },
+        }
+    }
+
+    /// Checks a response. A malformed one becomes a refusal, so that its request is not left waiting.
+    pub fn from_wire(response: wire::DispatchResponse) -> Self {
+        let id = response.id;
+        let result = match reason(response.status()) {
+            Some(reason) => Err(Refusal::new(reason, response.message)),
+            None => Self::outputs(response),
+        };
+        Self { id, result }
+    }
+
+    fn outputs(response: wire::DispatchResponse) -> Result<ExpertOutputs, Refusal> {
+        let rows = match response.rows {
+            Some(tensor) => Rows::from_wire(tensor).map_err(|e| tensor_refusal("rows", &e))?,
+            None => Rows::default(),
+        };
+        let experts = response
+            .experts
+            .into_iter()
+            .map(|result| {
+                let outcome = match reason(result.status()) {
+                    Some(reason) => Err(Refusal::new(reason, result.message)),
+                    None => Ok(()),
+                };
+                (ExpertId(result.expert), outcome)
+            })
+            .collect();
+        Ok(ExpertOutputs { experts, rows })
+    }
+}
+
+fn expert_result(expert: ExpertId, result: Result<(), Refusal>) -> wire::ExpertResult {
+    let (status, message) = match result {
+        Ok(()) => (Status::Ok, String::new()),
+        Err(refusal) => (status(refusal.reason), refusal.message),
+    };
+    wire::ExpertResult { expert: expert.0, status: status.into(), message }
+}
+
+fn tensor_refusal(field: &str, error: &RowsError) -> Refusal {
+    let reason = match error {
+        RowsError::Corrupt { .. } => RefusalReason::Corrupt,
+        _ => RefusalReason::Invalid,
+    };
+    Refusal::new(reason, format!("{field}: {error}"))
+}
+
+fn status(reason: RefusalReason) -> Status {
+    match reason {
+        RefusalReason::NotHeld => Status::NotHeld,
+        RefusalReason::Invalid => Status::Invalid,
+        RefusalReason::WrongModel => Status::WrongModel,
+        RefusalReason::Corrupt => Status::Corrupt,
+        RefusalReason::Unavailable => Status::Unavailable,
+        RefusalReason::DeadlineExceeded => Status::DeadlineExceeded,
+        RefusalReason::Internal => Status::Internal,
+    }
+}
+
+/// The reason behind a status; none for success. A status this version does not know is a failure of the node.
+fn reason(status: Status) -> Option<RefusalReason> {
+    match status {
+        Status::Ok => None,
+        Status::NotHeld => Some(RefusalReason::NotHeld),
+        Status::Invalid => Some(RefusalReason::Invalid),
+        Status::WrongModel => Some(RefusalReason::WrongModel),
+        Status::Corrupt => Some(RefusalReason::Corrupt),
+        Status::Unavailable => Some(RefusalReason::Unavailable),
+        Status::DeadlineExceeded => Some(RefusalReason::DeadlineExceeded),
+        Status::Internal | Status::Unspecified => Some(RefusalReason::Internal),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request() -> DispatchRequest {
+        DispatchRequest {
+            id: 7,
+            fingerprint: Fingerprint([9; 32]),
+            layer: LayerId(2),
+            deadline: Some(Duration::from_millis(250)),
+            hidden_states: Rows::new(vec![1.0, 2.0, 3.0, 4.0], 2),
+            experts: vec![ExpertRows { expert: ExpertId(3), rows: vec![1, 0] }],
+        }
+    }
+
+    #[test]
+    fn a_request_survives_the_wire() {
+        assert_eq!(DispatchRequest::from_wire(request().into_wire()), Ok(request()));
+    }
+
+    #[test]
+    fn a_malformed_request_is_answered_under_its_id() {
+        type Change = fn(&mut wire::DispatchRequest);
+        let cases: [(Change, RefusalReason, &str); 4] = [
+            (|r| r.model_fingerprint = vec![1, 2].into(), RefusalReason::Invalid, "model_fingerprint"),
+            (|r| r.hidden_states = None, RefusalReason::Invalid, "hidden_states"),
+            (|r| r.experts[0].rows[0] = 2, RefusalReason::Invalid, "asks for row 2"),
+            (|r| r.hidden_states.as_mut().unwrap().crc32c ^= 1, RefusalReason::Corrupt, "checksum"),
+        ];
+        for (change, reason, message) in cases {
+            let mut wire = request().into_wire();
+            change(&mut wire);
+            let answer = DispatchRequest::from_wire(wire).unwrap_err();
+            let refusal = answer.result.unwrap_err();
+            assert_eq!((answer.id, refusal.reason), (7, reason));
+            assert!(refusal.message.contains(message), "{refusal}");
+        }
+    }
+
+    #[test]
+    fn every_refusal_survives_the_wire() {
+        use RefusalReason::*;
+        for reason in [NotHeld, Invalid, WrongModel, Corrupt, Unavailable, DeadlineExceeded, Internal] {
+            let refusal = Refusal::new(reason, "why");
+            let outputs = ExpertOutputs {
+                experts: vec![(ExpertId(1), Err(refusal.clone())), (ExpertId(2), Ok(()))],
+                rows: Rows::new(vec![0.5; 4], 4),
+            };
+            for result in [Err(refusal), Ok(outputs)] {
+                let response = DispatchResponse { id: 1, result };
+                assert_eq!(DispatchResponse::from_wire(response.clone().into_wire()), response);
+            }
+        }
+    }
+}

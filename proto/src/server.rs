@@ -1,0 +1,124 @@
+//! How gRPC services are offered: tuned HTTP/2, health and reflection on every server, a shutdown that drains.
+
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+use tokio_stream::StreamExt as _;
+use tokio_stream::wrappers::TcpListenerStream;
+use tonic::service::Routes;
+use tonic::transport::Server;
+use tonic_health::ServingStatus;
+use tonic_health::server::HealthReporter;
+
+use crate::channel::{KEEPALIVE, MAX_FRAME_BYTES, WINDOW_BYTES};
+
+/// The services of one server under construction.
+#[derive(Debug)]
+pub struct Services {
+    routes: Routes,
+    names: Vec<&'static str>,
+    health: HealthReporter,
+}
+
+/// Says whether a server's services serve; starts as not serving.
+#[derive(Clone, Debug)]
+pub struct HealthSwitch {
+    reporter: HealthReporter,
+    names: Vec<&'static str>,
+}
+
+impl Default for Services {
+    fn default() -> Self {
+        let (health, service) = tonic_health::server::health_reporter();
+        Self { routes: Routes::new(service), names: Vec::new(), health }
+    }
+}
+
+impl Services {
+    /// Adds a service.
+    #[must_use]
+    pub fn with<S>(mut self, service: S) -> Self
+    where
+        S: tonic::codegen::Service<
+                tonic::codegen::http::Request<tonic::body::Body>,
+                Response = tonic::codegen::http::Response<tonic::body::Body>,
+                Error = std::convert::Infallible,
+            > + tonic::server::NamedService
+            + Clone
+            + Send
+            + Sync
+            + 'static,
+        S::Future: Send + 'static,
+    {
+        self.names.push(S::NAME);
+        self.routes = self.routes.add_service(service);
+        self
+    }
+
+    /// The switch of their health.
+    pub fn health(&self) -> HealthSwitch {
+        HealthSwitch { reporter: self.health.clone(), names: self.names.clone() }
+    }
+
+    /// Serves on `listener` until `shutdown`, then lets the calls in flight finish. Long-lived streams must watch for the
+    /// same shutdown and end by themselves; what is left after `grace` is cut.
+    pub async fn serve(
+        self,
+        listener: TcpListener,
+        shutdown: impl Future<Output = ()> + Clone + Send,
+        grace: Duration,
+    ) -> Result<(), tonic::transport::Error> {
+        let (interval, timeout) = KEEPALIVE;
+        let incoming = TcpListenerStream::new(listener).map(|stream| {
+            if let Ok(stream) = &stream {
+                // A connection that refuses the option still works, only slower.
+                let _ = stream.set_nodelay(true);
+            }
+            stream
+        });
+        let routes = with_reflection(self.routes, &self.names);
+        let serving = Server::builder()
+            .initial_stream_window_size(WINDOW_BYTES)
+            .initial_connection_window_size(WINDOW_BYTES)
+            .max_frame_size(MAX_FRAME_BYTES)
+            .http2_keepalive_interval(Some(interval))
+            .http2_keepalive_timeout(Some(timeout))
+            .add_routes(routes)
+            .serve_with_incoming_shutdown(incoming, shutdown.clone());
+        let cut = async {
+            shutdown.await;
+            tokio::time::sleep(grace).await;
+        };
+        tokio::select! {
+            result = serving => result,
+            () = cut => {
+                tracing::warn!(grace_s = grace.as_secs(), "calls were still open at the end of the grace period");
+                Ok(())
+            }
+        }
+    }
+}
+
+impl HealthSwitch {
+    /// Reports every service as serving, or not.
+    pub async fn set(&self, serving: bool) {
+        let status = if serving { ServingStatus::Serving } else { ServingStatus::NotServing };
+        self.reporter.set_service_status("", status).await;
+        for name in &self.names {
+            self.reporter.set_service_status(*name, status).await;
+        }
+    }
+}
+
+fn with_reflection(routes: Routes, names: &[&'static str]) -> Routes {
+    let builder = || {
+        let builder = tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(crate::DESCRIPTORS)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+            .with_service_name("grpc.health.v1.Health");
+        names.iter().fold(builder, |builder, name| builder.with_service_name(*name))
+    };
+    let v1 = builder().build_v1().expect("the descriptors come from this build");
+    let v1alpha = builder().build_v1alpha().expect("the descriptors come from this build");
+    routes.add_service(v1).add_service(v1alpha)
+}
