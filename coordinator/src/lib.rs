@@ -1,1 +1,3 @@
-//! placeholder
+//! p
+#![forbid(unsafe_code)]
+pub mod plan;

@@ -42,6 +42,7 @@ integer_id!(
 
 impl Epoch {
     /// The epoch after this one.
+    #[must_use]
     pub fn next(self) -> Self {
         Self(self.0 + 1)
     }

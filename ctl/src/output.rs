@@ -1,0 +1,129 @@
+//! How answers are printed: a table for people, JSON or YAML for programs.
+
+use std::io::{IsTerminal as _, Write as _};
+
+use anyhow::Result;
+use comfy_table::{Attribute, Cell, ContentArrangement, Table, presets};
+use serde::Serialize;
+
+/// What `-o` chooses.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Format {
+    /// A table with the columns that matter most.
+    #[default]
+    Table,
+    /// A table with every column.
+    Wide,
+    /// One JSON document.
+    Json,
+    /// One YAML document.
+    Yaml,
+}
+
+/// A column: its title and whether only `wide` shows it.
+pub(crate) struct Column {
+    title: &'static str,
+    wide: bool,
+}
+
+/// A column that every table shows.
+pub(crate) const fn column(title: &'static str) -> Column {
+    Column { title, wide: false }
+}
+
+/// A column that only `-o wide` shows.
+pub(crate) const fn wide(title: &'static str) -> Column {
+    Column { title, wide: true }
+}
+
+/// Prints `items`: as they are for programs, through `row` (one text per column) for people.
+pub(crate) fn print_list<T: Serialize>(
+    format: Format,
+    columns: &[Column],
+    items: &[T],
+    row: impl Fn(&T) -> Vec<String>,
+) -> Result<()> {
+    match format {
+        Format::Table | Format::Wide => {
+            let rows: Vec<Vec<String>> = items.iter().map(row).collect();
+            print_text(&table(columns, &rows, format == Format::Wide))
+        }
+        Format::Json | Format::Yaml => print_document(format, &items),
+    }
+}
+
+/// Prints `item`: as it is for programs, as `text` for people.
+pub(crate) fn print_one<T: Serialize>(format: Format, item: &T, text: impl FnOnce() -> String) -> Result<()> {
+    match format {
+        Format::Table | Format::Wide => print_text(&text()),
+        Format::Json | Format::Yaml => print_document(format, item),
+    }
+}
+
+/// A table with `columns`, those marked wide only when `all`.
+pub(crate) fn table(columns: &[Column], rows: &[Vec<String>], all: bool) -> String {
+    let shown = |index: &usize| all || !columns[*index].wide;
+    let indices: Vec<usize> = (0..columns.len()).filter(shown).collect();
+    let mut table = Table::new();
+    table.load_preset(presets::NOTHING);
+    if std::io::stdout().is_terminal() {
+        table.set_content_arrangement(ContentArrangement::Dynamic);
+    }
+    table.set_header(indices.iter().map(|&i| Cell::new(columns[i].title.to_uppercase()).add_attribute(Attribute::Bold)));
+    for row in rows {
+        table.add_row(indices.iter().map(|&i| row[i].as_str()));
+    }
+    table.trim_fmt()
+}
+
+/// `bytes` in the unit a person would choose.
+pub(crate) fn bytes(bytes: u64) -> String {
+    const UNITS: [&str; 4] = ["KiB", "MiB", "GiB", "TiB"];
+    if bytes < 1024 {
+        return format!("{bytes} B");
+    }
+    let mut value = bytes as f64 / 1024.0;
+    let mut unit = 0;
+    while value >= 1024.0 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    format!("{value:.1} {}", UNITS[unit])
+}
+
+fn print_document<T: Serialize>(format: Format, document: &T) -> Result<()> {
+    let text = match format {
+        Format::Yaml => serde_saphyr::to_string(document)?,
+        _ => serde_json::to_string_pretty(document)?,
+    };
+    print_text(text.trim_end())
+}
+
+/// Prints a text and a line's end. A reader that has gone (`| head`) is no failure.
+fn print_text(text: &str) -> Result<()> {
+    match writeln!(std::io::stdout(), "{text}") {
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        result => Ok(result?),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn wide_columns_show_only_when_asked_for() {
+        let columns = [column("id"), wide("zone")];
+        let rows = [vec!["expert-0".into(), "eu-1".into()]];
+        assert!(!table(&columns, &rows, false).contains("eu-1"));
+        assert!(table(&columns, &rows, true).contains("eu-1"));
+    }
+
+    #[test]
+    fn bytes_are_written_in_a_unit_a_person_would_choose() {
+        let cases = [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (21_269_896, "20.3 MiB"), (5 << 40, "5.0 TiB")];
+        for (count, text) in cases {
+            assert_eq!(bytes(count), text);
+        }
+    }
+}

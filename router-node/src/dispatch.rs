@@ -1,0 +1,213 @@
+//! The experts of a layer, wherever they are: groups a batch's rows by node, asks all nodes at once, and puts what comes
+//! back where it belongs. The weighted sum is then taken in each token's own top-k order, never in the order of arrival.
+//!
+//! Rows that a node could not answer go to another replica, or wait for a placement that has one, until time is up.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::future::join_all;
+use sirocco_model::{Experts, ExpertsError, combine};
+use sirocco_proto::Rows;
+use sirocco_proto::expert::{DispatchRequest, ExpertOutputs, ExpertRows, Refusal, RefusalReason};
+use sirocco_types::{ExpertId, ExpertKey, Fingerprint, LayerId, NodeId, Routing};
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use crate::connection::Connection;
+use crate::topology::Topology;
+
+/// Waits between attempts: the first, and the longest after doubling.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(500));
+
+/// The experts of a cluster.
+#[derive(Clone, Debug)]
+pub(crate) struct RemoteExperts {
+    pub(crate) topology: watch::Receiver<Arc<Topology>>,
+    pub(crate) fingerprint: Fingerprint,
+    pub(crate) hidden_size: usize,
+    /// How long one layer may wait for its experts, re-placement included.
+    pub(crate) timeout: Duration,
+}
+
+/// One expert's rows that are still missing.
+#[derive(Debug)]
+struct Missing {
+    expert: ExpertId,
+    /// Where its rows belong: `token * top_k + rank`.
+    slots: Vec<usize>,
+    /// Nodes asked so far; the next attempt prefers the replica after the last one.
+    attempts: usize,
+    /// Why the last attempt failed.
+    refusal: Option<Refusal>,
+}
+
+/// What one node is asked for.
+struct Share {
+    node: NodeId,
+    connection: Arc<Connection>,
+    parts: Vec<Missing>,
+}
+
+impl Experts for RemoteExperts {
+    async fn forward(&self, layer: LayerId, hidden: &[f32], routing: &Routing) -> Result<Vec<f32>, ExpertsError> {
+        let mut rows = vec![0.0; routing.experts.len() * self.hidden_size]; // [tokens * top_k, hidden]
+        let deadline = Instant::now() + self.timeout;
+        let mut topology = self.topology.clone();
+        let mut backoff = BACKOFF.0;
+        let mut missing: Vec<Missing> = routing
+            .by_expert()
+            .into_iter()
+            .map(|(expert, slots)| Missing { expert, slots, attempts: 0, refusal: None })
+            .collect();
+        loop {
+            let current = Arc::clone(&topology.borrow_and_update());
+            let (shares, unreachable) = share(layer, missing, &current);
+            missing = unreachable;
+            let calls = shares.into_iter().map(|share| self.ask(share, layer, hidden, routing.top_k, deadline));
+            for (parts, result) in join_all(calls).await {
+                missing.extend(place(parts, result, &mut rows, self.hidden_size)?);
+            }
+            if missing.is_empty() {
+                return Ok(combine(&rows, routing, self.hidden_size));
+            }
+            if Instant::now() >= deadline {
+                return Err(ExpertsError::Unavailable(describe(layer, &missing, self.timeout)));
+            }
+            tracing::debug!(%layer, experts = missing.len(), "experts did not answer, trying again");
+            let wait = tokio::time::sleep_until(deadline.min(Instant::now() + backoff));
+            tokio::select! {
+                () = wait => backoff = (backoff * 2).min(BACKOFF.1),
+                Ok(()) = topology.changed() => {}
+            }
+        }
+    }
+}
+
+impl RemoteExperts {
+    /// Asks one node for its share; each token's row is sent once however many of its experts the node holds.
+    async fn ask(
+        &self,
+        share: Share,
+        layer: LayerId,
+        hidden: &[f32],
+        top_k: usize,
+        deadline: Instant,
+    ) -> (Vec<Missing>, Result<ExpertOutputs, Refusal>) {
+        let mut row_of_token = BTreeMap::new();
+        let mut data = Vec::new(); // [rows, hidden]
+        let mut experts = Vec::with_capacity(share.parts.len());
+        for part in &share.parts {
+            let rows = part.slots.iter().map(|slot| {
+                let token = slot / top_k;
+                *row_of_token.entry(token).or_insert_with(|| {
+                    data.extend_from_slice(&hidden[token * self.hidden_size..][..self.hidden_size]);
+                    (data.len() / self.hidden_size - 1) as u32
+                })
+            });
+            experts.push(ExpertRows { expert: part.expert, rows: rows.collect() });
+        }
+        let request = DispatchRequest {
+            id: 0,
+            fingerprint: self.fingerprint,
+            layer,
+            deadline: Some(deadline.saturating_duration_since(Instant::now())),
+            hidden_states: Rows::new(data, self.hidden_size),
+            experts,
+        };
+        let result = match tokio::time::timeout_at(deadline, share.connection.call(request)).await {
+            Ok(result) => result,
+            Err(_) => Err(Refusal::new(
+                RefusalReason::DeadlineExceeded,
+                format!("expert node {} at {} did not answer in time", share.node, share.connection.address()),
+            )),
+        };
+        (share.parts, result)
+    }
+}
+
+/// Deals `missing` to the nodes that serve it; what no known node serves comes back.
+fn share(layer: LayerId, missing: Vec<Missing>, topology: &Topology) -> (Vec<Share>, Vec<Missing>) {
+    let mut shares: BTreeMap<NodeId, Share> = BTreeMap::new();
+    let mut unreachable = Vec::new();
+    for mut part in missing {
+        let replicas: Vec<_> = topology.replicas(ExpertKey { layer, expert: part.expert }).collect();
+        if replicas.is_empty() {
+            part.refusal.get_or_insert_with(|| Refusal::new(RefusalReason::NotHeld, "no expert node serves it"));
+            unreachable.push(part);
+            continue;
+        }
+        let (node, connection) = replicas[part.attempts % replicas.len()];
+        part.attempts += 1;
+        let share = shares.entry(node.clone()).or_insert_with(|| Share {
+            node: node.clone(),
+            connection: Arc::clone(connection),
+            parts: Vec::new(),
+        });
+        share.parts.push(part);
+    }
+    (shares.into_values().collect(), unreachable)
+}
+
+/// Puts a node's rows where they belong and returns what is still missing. Errors when asking again cannot help.
+fn place(
+    parts: Vec<Missing>,
+    result: Result<ExpertOutputs, Refusal>,
+    rows: &mut [f32],
+    hidden_size: usize,
+) -> Result<Vec<Missing>, ExpertsError> {
+    let outputs = match result {
+        Ok(outputs) => outputs,
+        Err(refusal) => return parts.into_iter().map(|part| part.refused(refusal.clone())).collect(),
+    };
+    let asked = parts.iter().map(|part| part.expert);
+    let expected: usize =
+        parts.iter().zip(&outputs.experts).filter(|(_, (_, r))| r.is_ok()).map(|(part, _)| part.slots.len()).sum();
+    let fits = outputs.rows.is_empty() || outputs.rows.width() == hidden_size;
+    if !asked.eq(outputs.experts.iter().map(|(expert, _)| *expert)) || outputs.rows.len() != expected || !fits {
+        return Err(ExpertsError::Internal("an expert node's answer does not fit the request".into()));
+    }
+    let mut next = 0;
+    let mut missing = Vec::new();
+    let mut row = Vec::with_capacity(hidden_size);
+    for (part, (_, result)) in parts.into_iter().zip(outputs.experts) {
+        if let Err(refusal) = result {
+            missing.push(part.refused(refusal)?);
+            continue;
+        }
+        for &slot in &part.slots {
+            row.clear();
+            outputs.rows.append_row(next, &mut row);
+            rows[slot * hidden_size..][..hidden_size].copy_from_slice(&row);
+            next += 1;
+        }
+    }
+    Ok(missing)
+}
+
+impl Missing {
+    /// Still missing because of `refusal`; an error when that is final.
+    fn refused(mut self, refusal: Refusal) -> Result<Self, ExpertsError> {
+        use RefusalReason::{Corrupt, DeadlineExceeded, Internal, Invalid, NotHeld, Unavailable, WrongModel};
+        match refusal.reason {
+            Invalid | WrongModel => Err(ExpertsError::Internal(refusal.message)),
+            NotHeld | Corrupt | Unavailable | DeadlineExceeded | Internal => {
+                self.refusal = Some(refusal);
+                Ok(self)
+            }
+        }
+    }
+}
+
+/// Names the first expert that is missing and what is known of why.
+fn describe(layer: LayerId, missing: &[Missing], timeout: Duration) -> String {
+    let first = &missing[0];
+    let key = ExpertKey { layer, expert: first.expert };
+    let why = first.refusal.as_ref().map_or("no reason given", |refusal| refusal.message.as_str());
+    let others = match missing.len() - 1 {
+        0 => String::new(),
+        n => format!(" (and {n} more experts of the layer)"),
+    };
+    format!("{key} did not answer within {} s{others}: {why}", timeout.as_secs())
+}
