@@ -1,1 +1,25 @@
-//! placeholder
+//! Sirocco's numeric kernels. Every result is the same bits whatever the batch, the threads, the tiling or the instruction
+//! set.
+//!
+//! The rule that makes it so: each output element is one chain of fused multiply-adds over its inputs in ascending order,
+//! starting from zero. Lanes of a vector register are different outputs, never parts of one sum. Exponentials and their like
+//! come from the crate `libm`, compiled into the program, never from the platform. The scalar code of [`PackedMatrix`] is the
+//! oracle that the vector code is tested against, bit for bit.
+//!
+//! This is the only crate with `unsafe`: vector intrinsics, and threads that write disjoint columns of one output.
+
+mod attention;
+mod device;
+mod ffn;
+mod matmul;
+mod norm;
+mod packed;
+mod pool;
+
+pub use attention::{AttentionShape, BLOCK_TOKENS, KvBlocks, Query, attend, store_kv};
+pub use device::cpu_description;
+pub use ffn::ExpertWeights;
+pub use matmul::matmul;
+pub use norm::{Rotary, rms_norm, softmax};
+pub use packed::{PackedMatrix, Packer, ShapeMismatch};
+pub use pool::Pool;

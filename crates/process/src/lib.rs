@@ -1,1 +1,42 @@
-//! placeholder
+//! What every Sirocco process does the same way: configuration, logs, signals, listeners, health endpoints.
+//!
+//! Knows nothing of models, placements or the store.
+#![forbid(unsafe_code)]
+
+pub mod config;
+pub mod http;
+pub mod logs;
+mod net;
+mod signals;
+
+pub use net::{BindError, bind};
+pub use signals::Shutdown;
+
+/// Exit statuses of every program.
+pub mod exit {
+    /// Something failed.
+    pub const FAILED: u8 = 1;
+    /// The command line, the environment or the configuration file is wrong.
+    pub const USAGE: u8 = 2;
+    /// No part of the cluster answers.
+    pub const UNREACHABLE: u8 = 3;
+}
+
+/// Threads to compute with unless told otherwise: one per core this process may use.
+pub fn default_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+}
+
+/// An error with its causes on one line, the outermost first.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let inner = error.to_string();
+        if !text.contains(&inner) {
+            text = format!("{text}: {inner}");
+        }
+        cause = error.source();
+    }
+    text
+}

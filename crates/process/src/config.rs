@@ -1,0 +1,136 @@
+//! Where a process's settings come from: flag, then environment, then configuration file, then default.
+//!
+//! The file is TOML; its keys are the long flags without dashes in front. What it says becomes the default of the flag before
+//! the command line is read, so every check that holds for a flag holds for the file.
+
+use std::ffi::OsString;
+use std::path::Path;
+
+use clap::{ArgAction, Command, CommandFactory, FromArgMatches, Parser};
+use toml::{Table, Value};
+
+/// Reads the settings of this process. Prints what is wrong and exits with status 2 when they are not valid.
+pub fn parse<T: Parser>() -> T {
+    from(std::env::args_os()).unwrap_or_else(|error| error.exit())
+}
+
+/// Reads settings from `args` (the program's name first), the environment, and the file that `--config` names.
+pub fn from<T: Parser>(args: impl IntoIterator<Item = OsString>) -> Result<T, clap::Error> {
+    let args: Vec<OsString> = args.into_iter().collect();
+    let mut command = T::command();
+    if let Some(path) = config_path(&args) {
+        command = with_file(command, Path::new(&path))?;
+    }
+    T::from_arg_matches(&command.try_get_matches_from(args)?)
+}
+
+/// The value of `--config`, before anything else is read.
+fn config_path(args: &[OsString]) -> Option<OsString> {
+    let mut args = args.iter().skip(1);
+    while let Some(arg) = args.next() {
+        let text = arg.to_string_lossy();
+        if text == "--config" {
+            return args.next().cloned();
+        }
+        if let Some(path) = text.strip_prefix("--config=") {
+            return Some(path.into());
+        }
+        if text == "--" {
+            break;
+        }
+    }
+    std::env::var_os("SIROCCO_CONFIG")
+}
+
+fn with_file(command: Command, path: &Path) -> Result<Command, clap::Error> {
+    let refuse = |problem: String| {
+        let message = format!("configuration file {}: {problem}\n", path.display());
+        clap::Error::raw(clap::error::ErrorKind::InvalidValue, message)
+    };
+    let text = std::fs::read_to_string(path).map_err(|error| refuse(error.to_string()))?;
+    let table: Table = text.parse().map_err(|error: toml::de::Error| refuse(error.to_string()))?;
+    let mut command = command;
+    for (key, value) in table {
+        let flag = key.replace('_', "-");
+        let known: Vec<&str> =
+            command.get_arguments().filter_map(clap::Arg::get_long).filter(|name| *name != "config").collect();
+        let Some(arg) = command.get_arguments().find(|arg| arg.get_long() == Some(flag.as_str())) else {
+            return Err(refuse(format!("unknown key {key:?}, known are: {}", known.join(", "))));
+        };
+        let (id, takes_value) = (arg.get_id().clone(), matches!(arg.get_action(), ArgAction::Set | ArgAction::Append));
+        let values = texts(&value).ok_or_else(|| refuse(format!("{key:?} is a table, must be a single value")))?;
+        command = command.mut_arg(id, |arg| {
+            let arg = if takes_value { arg } else { arg.action(ArgAction::Set).num_args(0..=1) };
+            arg.required(false).default_values(values)
+        });
+    }
+    Ok(command)
+}
+
+/// A value as it would stand on the command line; none when it cannot.
+fn texts(value: &Value) -> Option<Vec<String>> {
+    Some(match value {
+        Value::String(text) => vec![text.clone()],
+        Value::Integer(number) => vec![number.to_string()],
+        Value::Float(number) => vec![number.to_string()],
+        Value::Boolean(flag) => vec![flag.to_string()],
+        Value::Datetime(time) => vec![time.to_string()],
+        Value::Array(values) => values.iter().map(texts).collect::<Option<Vec<_>>>()?.concat(),
+        Value::Table(_) => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use super::*;
+
+    #[derive(Parser, Debug)]
+    struct Settings {
+        #[arg(long)]
+        config: Option<std::path::PathBuf>,
+        #[arg(long, default_value_t = 1)]
+        threads: usize,
+        #[arg(long, env = "SIROCCO_TEST_ZONE_FROM_ENVIRONMENT")]
+        zone: Option<String>,
+        #[arg(long, required = true)]
+        model: String,
+        #[arg(long, value_delimiter = ',')]
+        etcd: Vec<String>,
+    }
+
+    fn read(file: &str, flags: &[&str]) -> Result<Settings, String> {
+        let mut config = tempfile::NamedTempFile::new().unwrap();
+        config.write_all(file.as_bytes()).unwrap();
+        let path = config.path().as_os_str().to_owned();
+        let args = ["test".into(), "--config".into(), path].into_iter().chain(flags.iter().map(Into::into));
+        from(args).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn a_flag_beats_the_file_and_the_file_beats_the_default() {
+        let settings = read("threads = 3\nmodel = \"m\"\netcd = [\"a\", \"b\"]", &[]).unwrap();
+        assert_eq!((settings.threads, settings.model.as_str()), (3, "m"));
+        assert_eq!(settings.etcd, ["a", "b"]);
+        assert_eq!(read("threads = 3\nmodel = \"m\"", &["--threads", "4"]).unwrap().threads, 4);
+        assert_eq!(read("model = \"m\"", &[]).unwrap().threads, 1);
+        assert!(settings.config.is_some() && settings.zone.is_none());
+    }
+
+    #[test]
+    fn a_bad_file_is_refused_by_name() {
+        let cases = [
+            ("model = \"m\"\nthread = 3", "unknown key \"thread\", known are: "),
+            ("model = \"m\"\nthreads = \"many\"", "threads"),
+            ("model = ", "configuration file"),
+            ("[model]\na = 1", "\"model\" is a table"),
+        ];
+        for (file, problem) in cases {
+            let error = read(file, &[]).unwrap_err();
+            assert!(error.contains(problem), "{error}");
+        }
+        let absent = from::<Settings>(["test", "--config", "/nonexistent/file"].map(Into::into)).unwrap_err();
+        assert!(absent.to_string().contains("/nonexistent/file"));
+    }
+}
