@@ -31,7 +31,7 @@ impl Pool {
     /// Runs `task` for every index below `count`, spread over the threads when `work` (multiply-adds in all) is worth it.
     pub(crate) fn for_each(&self, count: usize, work: usize, task: impl Fn(usize) + Sync) {
         match self.worth_it(count, work) {
-            Some(pool) => pool.install(|| (0..count).into_par_iter().for_each(task)),
+            Some(pool) => pool.install(|| (0..count).into_par_iter().for_each(&task)),
             None => (0..count).for_each(task),
         }
     }

@@ -1,0 +1,316 @@
+//! A Hugging Face checkpoint folder, read by byte range.
+//!
+//! Opening reads the configuration and the headers of the safetensors files and checks that every tensor the model needs is
+//! there with the right type and shape. Weights are read later, each tensor by its own byte range, so a node touches only
+//! what it holds. Files are read with positioned reads, never mapped: one that shrinks is an error, not a crash.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+
+use half::bf16;
+use safetensors::tensor::{Metadata, TensorInfo};
+use sirocco_compute::{ExpertWeights, PackedMatrix, Packer};
+use sirocco_types::{ExpertKey, Fingerprint, LayerId, ModelIdentity, ModelSpec};
+
+use crate::config::{read_json, read_spec};
+use crate::fingerprint::fingerprint;
+
+/// A header longer than this is no header.
+const MAX_HEADER_BYTES: u64 = 100_000_000;
+
+/// Weights are read and packed this much at a time, so that no second copy of a matrix is needed.
+const READ_BYTES: usize = 8 << 20;
+
+/// What keeps a checkpoint from being read. Each names the file and what in it is wrong.
+#[derive(Debug, thiserror::Error)]
+pub enum CheckpointError {
+    /// The path is not a folder.
+    #[error("model folder {0}: {1}")]
+    Folder(PathBuf, &'static str),
+    /// A file cannot be read.
+    #[error("{file}: {error}")]
+    Read {
+        /// Its name in the folder.
+        file: String,
+        /// Why not.
+        error: std::io::Error,
+    },
+    /// A configuration value is missing or has no meaning.
+    #[error("{file}: {key} is {problem}")]
+    Config {
+        /// The file's name.
+        file: &'static str,
+        /// The key.
+        key: String,
+        /// What its value is and must be.
+        problem: String,
+    },
+    /// A safetensors file is not what its header says.
+    #[error("{file}: {problem}")]
+    Shard {
+        /// The file's name.
+        file: String,
+        /// What is wrong.
+        problem: String,
+    },
+    /// A tensor is missing, or its type or shape does not fit the configuration.
+    #[error("tensor {tensor}: {problem}")]
+    Tensor {
+        /// Its name.
+        tensor: String,
+        /// What is wrong.
+        problem: String,
+    },
+    /// A tensor's bytes cannot be read.
+    #[error("tensor {tensor} in {file}: {error}")]
+    Weights {
+        /// Its name.
+        tensor: String,
+        /// The file's name.
+        file: String,
+        /// Why not; an early end of file means that the file was cut.
+        error: std::io::Error,
+    },
+}
+
+/// An open checkpoint: its shape and where each tensor lies. Weights stay in the files.
+#[derive(Debug)]
+pub struct Checkpoint {
+    folder: PathBuf,
+    identity: ModelIdentity,
+    shards: Vec<Shard>,
+    /// Tensor name to index into `shards`.
+    tensors: BTreeMap<String, usize>,
+}
+
+/// One safetensors file.
+#[derive(Debug)]
+pub(crate) struct Shard {
+    pub(crate) name: String,
+    pub(crate) header: Vec<u8>,
+    pub(crate) len: u64,
+    file: File,
+    metadata: Metadata,
+}
+
+impl Checkpoint {
+    /// Opens `folder` and checks everything but the weights' values.
+    pub fn open(folder: &Path) -> Result<Self, CheckpointError> {
+        let refuse = |problem| CheckpointError::Folder(folder.to_owned(), problem);
+        match std::fs::metadata(folder) {
+            Err(_) => return Err(refuse("there is no such folder")),
+            Ok(metadata) if !metadata.is_dir() => return Err(refuse("it is not a folder")),
+            Ok(_) => {}
+        }
+        let spec = read_spec(folder)?;
+        let (shards, tensors) = open_shards(folder)?;
+        let name = folder.canonicalize().ok().and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned()));
+        let identity =
+            ModelIdentity { name: name.unwrap_or_else(|| "model".into()), fingerprint: Fingerprint([0; 32]), spec };
+        let mut checkpoint = Self { folder: folder.to_owned(), identity, shards, tensors };
+        checkpoint.check_tensors()?;
+        checkpoint.identity.fingerprint = fingerprint(&checkpoint)?;
+        Ok(checkpoint)
+    }
+
+    /// Where it was opened.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// Its name, fingerprint and shape. The name is the folder's.
+    pub fn identity(&self) -> &ModelIdentity {
+        &self.identity
+    }
+
+    /// The model's shape.
+    pub fn spec(&self) -> &ModelSpec {
+        &self.identity.spec
+    }
+
+    /// Bytes of all its files together.
+    pub fn bytes(&self) -> u64 {
+        self.shards.iter().map(|shard| shard.len).sum()
+    }
+
+    /// Reads one expert, and not a byte of another.
+    pub fn load_expert(&self, key: ExpertKey) -> Result<ExpertWeights, CheckpointError> {
+        let matrix = |weight: &str| self.matrix(&expert_tensor(key, weight));
+        Ok(ExpertWeights { gate: matrix("w1")?, up: matrix("w3")?, down: matrix("w2")? })
+    }
+
+    /// Reads and packs a matrix.
+    pub(crate) fn matrix(&self, tensor: &str) -> Result<PackedMatrix, CheckpointError> {
+        let (_, info) = self.find(tensor)?;
+        let &[outputs, inputs] = info.shape.as_slice() else {
+            return Err(bad_tensor(tensor, format!("its shape is {:?}, must be a matrix", info.shape)));
+        };
+        let mut packer = Packer::new(outputs, inputs);
+        let row_bytes = inputs * 2;
+        let rows_at_once = (READ_BYTES / row_bytes.max(1)).clamp(1, outputs);
+        let mut buffer = vec![0; rows_at_once * row_bytes];
+        for start in (0..outputs).step_by(rows_at_once) {
+            let bytes = &mut buffer[..(outputs - start).min(rows_at_once) * row_bytes];
+            self.read(tensor, start * row_bytes, bytes)?;
+            packer.push_rows(bytes);
+        }
+        Ok(packer.finish())
+    }
+
+    /// Reads a vector.
+    pub(crate) fn vector(&self, tensor: &str) -> Result<Vec<f32>, CheckpointError> {
+        let (_, info) = self.find(tensor)?;
+        let mut bytes = vec![0; info.data_offsets.1 - info.data_offsets.0];
+        self.read(tensor, 0, &mut bytes)?;
+        Ok(bytes.as_chunks::<2>().0.iter().map(|&value| bf16::from_le_bytes(value).to_f32()).collect())
+    }
+
+    /// Fills `out` with the tensor's bytes from `offset` on.
+    pub(crate) fn read(&self, tensor: &str, offset: usize, out: &mut [u8]) -> Result<(), CheckpointError> {
+        let (shard, info) = self.find(tensor)?;
+        let start = 8 + shard.header.len() + info.data_offsets.0 + offset;
+        shard.file.read_exact_at(out, start as u64).map_err(|error| CheckpointError::Weights {
+            tensor: tensor.to_owned(),
+            file: shard.name.clone(),
+            error,
+        })
+    }
+
+    pub(crate) fn shards(&self) -> &[Shard] {
+        &self.shards
+    }
+
+    /// Bytes a tensor takes.
+    pub(crate) fn tensor_bytes(&self, tensor: &str) -> Result<usize, CheckpointError> {
+        self.find(tensor).map(|(_, info)| info.data_offsets.1 - info.data_offsets.0)
+    }
+
+    fn find(&self, tensor: &str) -> Result<(&Shard, &TensorInfo), CheckpointError> {
+        let shard = self.tensors.get(tensor).map(|&index| &self.shards[index]);
+        let found = shard.and_then(|shard| Some((shard, shard.metadata.info(tensor)?)));
+        found.ok_or_else(|| bad_tensor(tensor, "the checkpoint has no such tensor"))
+    }
+
+    fn check_tensors(&self) -> Result<(), CheckpointError> {
+        for (tensor, shape) in expected_tensors(self.spec()) {
+            let (shard, info) = self.find(&tensor)?;
+            if info.dtype != safetensors::Dtype::BF16 {
+                let problem = format!("its dtype in {} is {:?}, must be BF16", shard.name, info.dtype);
+                return Err(bad_tensor(&tensor, problem));
+            }
+            if info.shape != shape {
+                let problem = format!("its shape in {} is {:?}, config.json says {shape:?}", shard.name, info.shape);
+                return Err(bad_tensor(&tensor, problem));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The name of one weight (`w1`, `w2` or `w3`) of an expert.
+pub(crate) fn expert_tensor(key: ExpertKey, weight: &str) -> String {
+    format!("model.layers.{}.block_sparse_moe.experts.{}.{weight}.weight", key.layer, key.expert)
+}
+
+/// The name of a layer's tensor.
+pub(crate) fn layer_tensor(layer: LayerId, name: &str) -> String {
+    format!("model.layers.{layer}.{name}.weight")
+}
+
+fn bad_tensor(tensor: &str, problem: impl Into<String>) -> CheckpointError {
+    CheckpointError::Tensor { tensor: tensor.to_owned(), problem: problem.into() }
+}
+
+fn open_shards(folder: &Path) -> Result<(Vec<Shard>, BTreeMap<String, usize>), CheckpointError> {
+    const SINGLE: &str = "model.safetensors";
+    const INDEX: &str = "model.safetensors.index.json";
+    let (names, index) = if folder.join(SINGLE).exists() || !folder.join(INDEX).exists() {
+        (BTreeSet::from([SINGLE.to_owned()]), None)
+    } else {
+        let index = read_index(folder, INDEX)?;
+        (index.values().cloned().collect(), Some(index))
+    };
+    let shards: Vec<Shard> = names.iter().map(|name| Shard::open(folder, name)).collect::<Result<_, _>>()?;
+    let mut tensors = BTreeMap::new();
+    for (position, shard) in shards.iter().enumerate() {
+        for tensor in shard.metadata.offset_keys() {
+            if index.as_ref().is_none_or(|index| index.get(&tensor) == Some(&shard.name)) {
+                tensors.insert(tensor, position);
+            }
+        }
+    }
+    Ok((shards, tensors))
+}
+
+/// Tensor name to file name.
+fn read_index(folder: &Path, file: &'static str) -> Result<BTreeMap<String, String>, CheckpointError> {
+    let bad = |problem: String| CheckpointError::Config { file, key: "weight_map".into(), problem };
+    let index = read_json(folder, file)?;
+    let map = index["weight_map"].as_object().ok_or_else(|| bad("absent".into()))?;
+    let mut tensors = BTreeMap::new();
+    for (tensor, name) in map {
+        let name = name.as_str().unwrap_or_default();
+        if name.is_empty() || name.contains(['/', '\\']) || name == ".." {
+            return Err(bad(format!("{name:?} for {tensor}, must be the name of a file in the folder")));
+        }
+        tensors.insert(tensor.clone(), name.to_owned());
+    }
+    Ok(tensors)
+}
+
+impl Shard {
+    fn open(folder: &Path, name: &str) -> Result<Self, CheckpointError> {
+        let unreadable = |error| CheckpointError::Read { file: name.to_owned(), error };
+        let bad = |problem: String| CheckpointError::Shard { file: name.to_owned(), problem };
+        let file = File::open(folder.join(name)).map_err(unreadable)?;
+        let len = file.metadata().map_err(unreadable)?.len();
+        let mut prefix = [0; 8];
+        file.read_exact_at(&mut prefix, 0)
+            .map_err(|_| bad(format!("it is {len} bytes long, too short for a safetensors header")))?;
+        let header_len = u64::from_le_bytes(prefix);
+        if header_len > MAX_HEADER_BYTES.min(len.saturating_sub(8)) {
+            return Err(bad(format!("its header claims {header_len} bytes, the file has {len}")));
+        }
+        let mut header = vec![0; header_len as usize];
+        file.read_exact_at(&mut header, 8).map_err(unreadable)?;
+        let metadata: Metadata =
+            serde_json::from_slice(&header).map_err(|error| bad(format!("its header does not parse: {error}")))?;
+        let expected = 8 + header_len + metadata.data_len() as u64;
+        if len < expected {
+            return Err(bad(format!("it is {len} bytes long, its header describes {expected}: the file is truncated")));
+        }
+        Ok(Self { name: name.to_owned(), header, len, file, metadata })
+    }
+}
+
+/// Every tensor a model of this shape has, with its shape.
+fn expected_tensors(spec: &ModelSpec) -> Vec<(String, Vec<usize>)> {
+    let (hidden, inter) = (spec.hidden_size, spec.intermediate_size);
+    let (q, kv) = (spec.num_attention_heads * spec.head_dim, spec.num_key_value_heads * spec.head_dim);
+    let mut tensors = vec![
+        ("model.embed_tokens.weight".to_owned(), vec![spec.vocab_size, hidden]),
+        ("model.norm.weight".to_owned(), vec![hidden]),
+    ];
+    if !spec.tie_word_embeddings {
+        tensors.push(("lm_head.weight".to_owned(), vec![spec.vocab_size, hidden]));
+    }
+    for layer in spec.layers() {
+        let shapes = [
+            ("input_layernorm", vec![hidden]),
+            ("post_attention_layernorm", vec![hidden]),
+            ("self_attn.q_proj", vec![q, hidden]),
+            ("self_attn.k_proj", vec![kv, hidden]),
+            ("self_attn.v_proj", vec![kv, hidden]),
+            ("self_attn.o_proj", vec![hidden, q]),
+            ("block_sparse_moe.gate", vec![spec.num_local_experts, hidden]),
+        ];
+        tensors.extend(shapes.map(|(name, shape)| (layer_tensor(layer, name), shape)));
+    }
+    for key in spec.experts() {
+        let shapes = [("w1", vec![inter, hidden]), ("w2", vec![hidden, inter]), ("w3", vec![inter, hidden])];
+        tensors.extend(shapes.map(|(weight, shape)| (expert_tensor(key, weight), shape)));
+    }
+    tensors
+}

@@ -1,0 +1,81 @@
+//! The experts of a layer, wherever they are.
+
+use std::collections::HashMap;
+
+use sirocco_compute::{ExpertWeights, Pool};
+use sirocco_types::{ExpertKey, LayerId, Routing};
+
+use crate::{Checkpoint, CheckpointError};
+
+/// Runs a layer's experts over a batch of tokens.
+pub trait Experts: Send + Sync {
+    /// The weighted sum of each token's experts: `hidden` is `[tokens, hidden_size]`, normalised, and so is the result in
+    /// shape. However it is computed, the bits are those of [`LocalExperts`].
+    fn forward(
+        &self,
+        layer: LayerId,
+        hidden: &[f32],
+        routing: &Routing,
+    ) -> impl Future<Output = Result<Vec<f32>, ExpertsError>> + Send;
+}
+
+/// Why a layer's experts gave no answer.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ExpertsError {
+    /// An expert is not served now; a later request may succeed.
+    #[error("{0}")]
+    Unavailable(String),
+    /// Something is broken that trying again does not mend.
+    #[error("{0}")]
+    Internal(String),
+}
+
+/// The weighted sum of each token's rows, in the token's own top-k order.
+///
+/// `rows`: `[tokens * top_k, hidden_size]`, unweighted. Each output is one chain of fused multiply-adds over ascending rank,
+/// from zero, so it does not depend on which row came first.
+pub fn combine(rows: &[f32], routing: &Routing, hidden_size: usize) -> Vec<f32> {
+    let mut out = vec![0.0_f32; routing.tokens() * hidden_size]; // [tokens, hidden]
+    let tokens = rows.chunks_exact(routing.top_k * hidden_size).zip(routing.weights.chunks_exact(routing.top_k));
+    for (out, (rows, weights)) in out.chunks_exact_mut(hidden_size).zip(tokens) {
+        for (row, weight) in rows.chunks_exact(hidden_size).zip(weights) {
+            for (out, value) in out.iter_mut().zip(row) {
+                *out = weight.mul_add(*value, *out);
+            }
+        }
+    }
+    out
+}
+
+/// Every expert of a model in this process: the oracle for the cluster.
+#[derive(Debug)]
+pub struct LocalExperts {
+    experts: HashMap<ExpertKey, ExpertWeights>,
+    hidden_size: usize,
+    pool: Pool,
+}
+
+impl LocalExperts {
+    /// Loads every expert.
+    pub fn load(checkpoint: &Checkpoint, pool: Pool) -> Result<Self, CheckpointError> {
+        let load = |key| Ok((key, checkpoint.load_expert(key)?));
+        let experts = checkpoint.spec().experts().map(load).collect::<Result<_, _>>()?;
+        Ok(Self { experts, hidden_size: checkpoint.spec().hidden_size, pool })
+    }
+}
+
+impl Experts for LocalExperts {
+    async fn forward(&self, layer: LayerId, hidden: &[f32], routing: &Routing) -> Result<Vec<f32>, ExpertsError> {
+        let width = self.hidden_size;
+        let mut rows = vec![0.0; routing.experts.len() * width]; // [tokens * top_k, hidden]
+        for (expert, slots) in routing.by_expert() {
+            let input: Vec<f32> =
+                slots.iter().flat_map(|slot| &hidden[slot / routing.top_k * width..][..width]).copied().collect();
+            let output = self.experts[&ExpertKey { layer, expert }].forward(&input, &self.pool);
+            for (slot, row) in slots.iter().zip(output.chunks_exact(width)) {
+                rows[slot * width..][..width].copy_from_slice(row);
+            }
+        }
+        Ok(combine(&rows, routing, width))
+    }
+}

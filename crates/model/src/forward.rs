@@ -1,0 +1,184 @@
+//! The forward pass of a router node: everything but the experts.
+//!
+//! A step computes chunks of several sequences at once, prompts and single tokens mixed. Each row of every matrix is one
+//! token and is computed alone, so a sequence's results do not depend on its batch mates or on how it was cut into chunks.
+
+use sirocco_compute::{PackedMatrix, Pool, Query, Rotary, attend, matmul, rms_norm};
+use sirocco_types::{LayerId, ModelSpec, Routing};
+
+use crate::checkpoint::layer_tensor;
+use crate::gate::route;
+use crate::{BlockTable, Checkpoint, CheckpointError, Experts, ExpertsError, KvCache};
+
+/// A model without its experts.
+#[derive(Debug)]
+pub struct Model {
+    spec: ModelSpec,
+    embedding: PackedMatrix,
+    layers: Vec<Layer>,
+    norm: Vec<f32>,
+    /// None when the embedding serves as the output projection too.
+    lm_head: Option<PackedMatrix>,
+    rotary: Rotary,
+    pool: Pool,
+}
+
+/// A layer without its experts.
+#[derive(Debug)]
+struct Layer {
+    attention_norm: Vec<f32>,
+    q: PackedMatrix,
+    k: PackedMatrix,
+    v: PackedMatrix,
+    o: PackedMatrix,
+    experts_norm: Vec<f32>,
+    gate: PackedMatrix,
+}
+
+/// A sequence's part of a step.
+#[derive(Debug)]
+pub struct SequenceChunk<'a> {
+    /// Where its keys and values are; must have room for all positions up to the chunk's end.
+    pub blocks: &'a BlockTable,
+    /// Position of the chunk's first token; everything before has been computed.
+    pub start: usize,
+    /// The chunk's tokens, each below `vocab_size`.
+    pub tokens: &'a [u32],
+    /// Whether to compute the logits after its last token.
+    pub wants_logits: bool,
+}
+
+/// What a step gives.
+#[derive(Clone, Debug)]
+pub struct StepOutput {
+    /// `[vocab_size]` for each chunk that wants logits, in order.
+    pub logits: Vec<Vec<f32>>,
+    /// For each layer, the experts of every token of the step, chunk after chunk.
+    pub routing: Vec<Routing>,
+}
+
+impl Model {
+    /// Loads everything but the experts; `pool` is what it computes with.
+    pub fn load(checkpoint: &Checkpoint, pool: Pool) -> Result<Self, CheckpointError> {
+        let spec = checkpoint.spec().clone();
+        let load_layer = |layer| {
+            let matrix = |name| checkpoint.matrix(&layer_tensor(layer, name));
+            Ok(Layer {
+                attention_norm: checkpoint.vector(&layer_tensor(layer, "input_layernorm"))?,
+                q: matrix("self_attn.q_proj")?,
+                k: matrix("self_attn.k_proj")?,
+                v: matrix("self_attn.v_proj")?,
+                o: matrix("self_attn.o_proj")?,
+                experts_norm: checkpoint.vector(&layer_tensor(layer, "post_attention_layernorm"))?,
+                gate: matrix("block_sparse_moe.gate")?,
+            })
+        };
+        let lm_head = if spec.tie_word_embeddings { None } else { Some(checkpoint.matrix("lm_head.weight")?) };
+        Ok(Self {
+            embedding: checkpoint.matrix("model.embed_tokens.weight")?,
+            layers: spec.layers().map(load_layer).collect::<Result<_, CheckpointError>>()?,
+            norm: checkpoint.vector("model.norm.weight")?,
+            lm_head,
+            rotary: Rotary::new(spec.head_dim, spec.rope_theta),
+            pool,
+            spec,
+        })
+    }
+
+    /// The model's shape.
+    pub fn spec(&self) -> &ModelSpec {
+        &self.spec
+    }
+
+    /// Memory its weights take.
+    pub fn bytes(&self) -> usize {
+        let layers = self.layers.iter().flat_map(|l| [&l.q, &l.k, &l.v, &l.o, &l.gate]);
+        layers.chain([&self.embedding]).chain(&self.lm_head).map(PackedMatrix::bytes).sum()
+    }
+
+    /// Computes one step and stores its keys and values in `kv`.
+    pub async fn forward(
+        &self,
+        chunks: &[SequenceChunk<'_>],
+        kv: &mut KvCache,
+        experts: &impl Experts,
+    ) -> Result<StepOutput, ExpertsError> {
+        let eps = self.spec.rms_norm_eps;
+        let mut hidden = Vec::new(); // [tokens, hidden]
+        for token in chunks.iter().flat_map(|chunk| chunk.tokens) {
+            hidden.extend(self.embedding.row(*token as usize));
+        }
+        let positions: Vec<(&BlockTable, usize)> = chunks
+            .iter()
+            .flat_map(|chunk| (chunk.start..).take(chunk.tokens.len()).map(|position| (chunk.blocks, position)))
+            .collect();
+        let angles: Vec<_> = positions.iter().map(|(_, position)| self.rotary.angles(*position)).collect();
+
+        let mut routing = Vec::with_capacity(self.layers.len());
+        for (layer, id) in self.layers.iter().zip((0..).map(LayerId)) {
+            let normed = rms_norm(&hidden, &layer.attention_norm, eps);
+            let attended = self.attention(layer, id, &normed, &positions, &angles, kv);
+            add(&mut hidden, &attended);
+
+            let normed = rms_norm(&hidden, &layer.experts_norm, eps);
+            let gate = self.multiply(&normed, &layer.gate); // [tokens, experts]
+            let chosen = route(gate, self.spec.num_local_experts, self.spec.num_experts_per_tok);
+            let combined = experts.forward(id, &normed, &chosen).await?;
+            add(&mut hidden, &combined);
+            routing.push(chosen);
+        }
+        Ok(StepOutput { logits: self.logits(chunks, &hidden), routing })
+    }
+
+    fn attention(
+        &self,
+        layer: &Layer,
+        id: LayerId,
+        normed: &[f32],
+        positions: &[(&BlockTable, usize)],
+        angles: &[Vec<(f32, f32)>],
+        kv: &mut KvCache,
+    ) -> Vec<f32> {
+        let mut q = self.multiply(normed, &layer.q); // [tokens, heads * head_dim]
+        let mut k = self.multiply(normed, &layer.k); // [tokens, kv_heads * head_dim]
+        let v = self.multiply(normed, &layer.v); // [tokens, kv_heads * head_dim]
+        let (q_width, kv_width) = (layer.q.outputs(), layer.k.outputs());
+        for (index, (table, position)) in positions.iter().enumerate() {
+            Rotary::rotate(&mut q[index * q_width..][..q_width], &angles[index]);
+            let key = &mut k[index * kv_width..][..kv_width];
+            Rotary::rotate(key, &angles[index]);
+            kv.store(id, table, *position, key, &v[index * kv_width..][..kv_width]);
+        }
+        let queries: Vec<Query> =
+            positions.iter().map(|(table, position)| Query { position: *position, blocks: &table.blocks }).collect();
+        let attended = attend(kv.shape(), &q, &queries, kv.layer(id), &self.pool);
+        self.multiply(&attended, &layer.o)
+    }
+
+    fn logits(&self, chunks: &[SequenceChunk<'_>], hidden: &[f32]) -> Vec<Vec<f32>> {
+        let width = self.spec.hidden_size;
+        let mut last = Vec::new(); // [wanting, hidden]
+        let mut end = 0;
+        for chunk in chunks {
+            end += chunk.tokens.len();
+            if chunk.wants_logits {
+                last.extend_from_slice(&hidden[(end - 1) * width..end * width]);
+            }
+        }
+        let normed = rms_norm(&last, &self.norm, self.spec.rms_norm_eps);
+        let logits = self.multiply(&normed, self.lm_head.as_ref().unwrap_or(&self.embedding));
+        logits.chunks_exact(self.spec.vocab_size).map(<[f32]>::to_vec).collect()
+    }
+
+    fn multiply(&self, x: &[f32], w: &PackedMatrix) -> Vec<f32> {
+        let mut out = vec![0.0; x.len() / w.inputs() * w.outputs()];
+        matmul(x, w, &mut out, &self.pool);
+        out
+    }
+}
+
+fn add(hidden: &mut [f32], residual: &[f32]) {
+    for (hidden, residual) in hidden.iter_mut().zip(residual) {
+        *hidden += residual;
+    }
+}
