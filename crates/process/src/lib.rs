@@ -7,9 +7,11 @@ pub mod config;
 pub mod http;
 pub mod logs;
 mod net;
+mod node;
 mod signals;
 
 pub use net::{BindError, bind};
+pub use node::{LifeError, NodeArgs, Running, live};
 pub use signals::Shutdown;
 
 /// Exit statuses of every program.
