@@ -99,8 +99,14 @@ impl Endpoints {
             });
             match answered.await {
                 Ok(()) => return Ok(()),
-                Err(failure) => {
+                Err(mut failure) => {
                     self.fail_over(current);
+                    if failure.kind == FailureKind::Transient && member.url.starts_with("https") {
+                        // A server that turns away the client's certificate closes the connection without a word.
+                        failure
+                            .reason
+                            .push_str(" (does etcd trust the client certificate, and the CA file match etcd?)");
+                    }
                     failures.push((member.url.clone(), failure.into_error("connect", &member.url)));
                 }
             }
