@@ -81,6 +81,14 @@ impl Etcd {
         }
     }
 
+    /// Stops the process where it is (`kill -STOP`): connections stay open and nothing answers. [`Etcd::restart`] ends it.
+    pub fn hang(&self) -> Result<()> {
+        let child = self.child.as_ref().context("etcd is not running")?;
+        let status = Command::new("kill").args(["-STOP", &child.id().to_string()]).status()?;
+        anyhow::ensure!(status.success(), "kill -STOP ended with {status}");
+        Ok(())
+    }
+
     /// Starts it again on the same data and ports, killing it first if it runs, and waits until it is healthy.
     pub fn restart(&mut self) -> Result<()> {
         self.kill();

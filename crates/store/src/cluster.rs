@@ -167,7 +167,7 @@ mod tests {
     use sirocco_types::{Device, Dtype, ExpertId, ExpertKey, Fingerprint, MemberState, ModelSpec, PlacementKind};
 
     use super::*;
-    use crate::{Entry, Revision, to_json};
+    use crate::{EmbeddedStore, Entry, Revision, Store, to_json};
 
     fn snapshot(entries: impl IntoIterator<Item = (String, String)>) -> Snapshot {
         let entry = |(key, value): (String, String)| {
@@ -245,6 +245,21 @@ mod tests {
         assert_eq!(state.epochs().collect::<Vec<_>>(), [Epoch(12), Epoch(13)]);
         assert_eq!(state.leader(), Some("coordinator-0"));
         assert!(state.unreadable().is_empty());
+    }
+
+    #[tokio::test]
+    async fn following_publishes_each_state_until_the_mirror_closes() {
+        let keys = Keys::new("demo").unwrap();
+        let store: Arc<dyn Store> = Arc::new(EmbeddedStore::new());
+        let mirror = Mirror::start(Arc::clone(&store), keys.prefix()).await.unwrap();
+        let tasks = TaskTracker::new();
+        let mut states = ClusterState::follow(&mirror, &keys, &tasks);
+        assert_eq!(**states.borrow_and_update(), ClusterState::default());
+        store.put(&keys.model(), &to_json(&model())).await.unwrap();
+        assert_eq!(states.wait_for(|state| state.model().is_some()).await.unwrap().model(), Some(&model()));
+        mirror.close().await;
+        tasks.close();
+        tasks.wait().await;
     }
 
     #[test]

@@ -54,6 +54,7 @@ impl Lease {
 
 async fn keep_alive(store: Arc<dyn Store>, grant: Grant, lost: CancellationToken) {
     let mut backoff = Backoff::new();
+    tokio::time::sleep(grant.ttl / 3).await;
     loop {
         match store.keep_alive(grant.lease).await {
             Ok(()) => {

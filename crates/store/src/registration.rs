@@ -45,7 +45,7 @@ impl Registration {
         Ok(Self { wanted, shutdown, task })
     }
 
-    /// Sets one of the records, the claim or another; soon in the store. Those set together arrive together.
+    /// Sets records, the claim's or others, which are soon in the store. Those set together arrive together.
     pub fn set(&self, records: impl IntoIterator<Item = (String, String)>) {
         self.wanted.send_if_modified(|wanted| {
             let mut changed = false;
@@ -57,7 +57,8 @@ impl Registration {
         });
     }
 
-    /// Ends the lease, so that all records vanish at once. Returns even when the store is out of reach, within a call's time.
+    /// Ends the lease, so that all records vanish at once. With the store out of reach it gives up after a few tries; the
+    /// records then vanish when the lease's time is up.
     pub async fn close(mut self) {
         self.shutdown.cancel();
         while self.task.join_next().await.is_some() {}

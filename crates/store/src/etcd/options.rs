@@ -8,10 +8,10 @@ use etcd_client::{Certificate, ConnectOptions, Identity, TlsOptions};
 
 use crate::{Result, StoreError};
 
-/// How often an idle connection with a watch on it is checked. etcd closes connections that do so more often than every 5 s.
-const PING_INTERVAL: Duration = Duration::from_secs(10);
+/// How often a connection with a silent watch on it is checked, so that a hung etcd is noticed. etcd closes connections that do so more often than every 5 s.
+const PING_INTERVAL: Duration = Duration::from_secs(6);
 /// How long such a check may take.
-const PING_TIMEOUT: Duration = Duration::from_secs(5);
+const PING_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Where etcd is, how to be let in, and how long to wait.
 #[derive(Clone)]

@@ -65,6 +65,24 @@ async fn everything_goes_on_after_etcd_was_killed_and_restarted() {
     mirror.close().await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hung_etcd_is_noticed_by_calls_and_by_silent_watches() {
+    let mut etcd = Etcd::start().unwrap();
+    let quick = EtcdOptions { timeout: Duration::from_millis(300), ..EtcdOptions::new([etcd.endpoint()]) };
+    let store = connect(quick).await;
+    let mirror = Mirror::start(Arc::clone(&store), "/app/").await.unwrap();
+    etcd.hang().unwrap();
+    let error = within("a failed call", store.get("/app/key")).await.unwrap_err();
+    assert!(error.is_transient() && error.to_string().contains("no answer within 300ms"), "{error}");
+    let mut stale = mirror.stale_since();
+    drop(within("word that it is stale", stale.wait_for(Option::is_some)).await.unwrap());
+
+    etcd.restart().unwrap();
+    store.put("/app/key", "x").await.unwrap();
+    let mut snapshots = mirror.subscribe();
+    drop(within("recovery", snapshots.wait_for(|s| s.entries.len() == 1)).await.unwrap());
+}
+
 #[tokio::test]
 async fn a_dead_endpoint_among_several_fails_no_call() {
     let etcd = Etcd::start().unwrap();
