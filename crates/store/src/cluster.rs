@@ -4,11 +4,16 @@
 //! that does not parse is left out and said so once: one bad record must not stop a cluster.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use serde::de::DeserializeOwned;
 use sirocco_types::{
     Epoch, EpochRef, ExpertHoldings, LayerId, LayerPlacement, Member, ModelIdentity, NodeId, Placement, Role,
 };
+use tokio::sync::watch;
+use tokio_util::task::TaskTracker;
+
+use crate::{Keys, Mirror, Snapshot, parse};
 
 /// Members, holdings, model and placements of one cluster.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -20,9 +25,34 @@ pub struct ClusterState {
     serving: Epoch,
     model: Option<ModelIdentity>,
     leader: Option<(u64, String)>,
+    unreadable: BTreeMap<String, String>,
 }
 
 impl ClusterState {
+    /// Publishes the state at each snapshot of `mirror`, which is of `keys.prefix()`. The task ends with the mirror.
+    pub fn follow(mirror: &Mirror, keys: &Keys, tasks: &TaskTracker) -> watch::Receiver<Arc<Self>> {
+        let mut snapshots = mirror.subscribe();
+        let keys = keys.clone();
+        let (sender, receiver) = watch::channel(Arc::new(Self::of(&snapshots.borrow_and_update(), &keys)));
+        sender.borrow().say_unreadable(&Self::default());
+        tasks.spawn(async move {
+            while snapshots.changed().await.is_ok() {
+                let state = Arc::new(Self::of(&snapshots.borrow_and_update(), &keys));
+                let before = sender.send_replace(Arc::clone(&state));
+                state.say_unreadable(&before);
+            }
+        });
+        receiver
+    }
+
+    /// Reads a snapshot of `keys.prefix()`.
+    pub fn of(snapshot: &Snapshot, keys: &Keys) -> Self {
+        Self::read(snapshot.entries.values().filter_map(|entry| {
+            let key = entry.key.strip_prefix(keys.prefix())?;
+            Some((key, entry.value.as_str(), entry.create_revision.0))
+        }))
+    }
+
     /// Reads `entries`, whose keys have lost the cluster's prefix (`/sirocco/<cluster>/`); the third part is the revision
     /// at which the key was created.
     pub fn read<'a>(entries: impl IntoIterator<Item = (&'a str, &'a str, u64)>) -> Self {
@@ -32,27 +62,27 @@ impl ClusterState {
             let path: Vec<&str> = key.split('/').collect();
             match path.as_slice() {
                 ["members", _, _] => {
-                    if let Some(member) = parse::<Member>(key, value) {
+                    if let Some(member) = state.parse::<Member>(key, value) {
                         state.members.insert((member.role, member.id.clone()), member);
                     }
                 }
                 ["holdings", id] => {
-                    if let (Ok(id), Some(holdings)) = (NodeId::new(id), parse(key, value)) {
+                    if let (Ok(id), Some(holdings)) = (NodeId::new(id), state.parse(key, value)) {
                         state.holdings.insert(id, holdings);
                     }
                 }
                 ["placement", "epochs", epoch, layer] => {
-                    if let (Ok(epoch), Ok(layer), Some(placement)) = (epoch.parse(), layer.parse(), parse(key, value)) {
+                    if let (Ok(epoch), Ok(layer), Some(placement)) =
+                        (epoch.parse(), layer.parse(), state.parse(key, value))
+                    {
                         layers.entry(Epoch(epoch)).or_default().insert(LayerId(layer), placement);
                     }
                 }
-                ["placement", "target"] => state.target = epoch(key, value),
-                ["placement", "serving"] => state.serving = epoch(key, value),
-                ["model"] => state.model = parse(key, value),
-                ["election", "coordinator", _] => {
-                    if state.leader.as_ref().is_none_or(|(first, _)| created < *first) {
-                        state.leader = Some((created, value.to_owned()));
-                    }
+                ["placement", "target"] => state.target = state.parse_epoch(key, value),
+                ["placement", "serving"] => state.serving = state.parse_epoch(key, value),
+                ["model"] => state.model = state.parse(key, value),
+                ["election", "coordinator", _] if state.leader.as_ref().is_none_or(|(first, _)| created < *first) => {
+                    state.leader = Some((created, value.to_owned()));
                 }
                 _ => {}
             }
@@ -109,18 +139,142 @@ impl ClusterState {
     pub fn leader(&self) -> Option<&str> {
         self.leader.as_ref().map(|(_, id)| id.as_str())
     }
-}
 
-fn epoch(key: &str, value: &str) -> Epoch {
-    parse::<EpochRef>(key, value).unwrap_or_default().epoch
-}
+    /// The entries that were left out, by key, each with what is wrong with it.
+    pub fn unreadable(&self) -> &BTreeMap<String, String> {
+        &self.unreadable
+    }
 
-fn parse<T: DeserializeOwned>(key: &str, value: &str) -> Option<T> {
-    match serde_json::from_str(value) {
-        Ok(value) => Some(value),
-        Err(error) => {
-            tracing::warn!(key, %error, "an entry of the store does not parse and is left out");
-            None
+    fn parse_epoch(&mut self, key: &str, value: &str) -> Epoch {
+        self.parse::<EpochRef>(key, value).unwrap_or_default().epoch
+    }
+
+    fn parse<T: DeserializeOwned>(&mut self, key: &str, value: &str) -> Option<T> {
+        parse(key, value).map_err(|error| self.unreadable.insert(key.to_owned(), error.to_string())).ok()
+    }
+
+    fn say_unreadable(&self, before: &Self) {
+        for (key, error) in &self.unreadable {
+            if before.unreadable.get(key) != Some(error) {
+                tracing::warn!(key, error, "an entry of the store is left out");
+            }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use sirocco_types::{Device, Dtype, ExpertId, ExpertKey, Fingerprint, MemberState, ModelSpec, PlacementKind};
+
+    use super::*;
+    use crate::{EmbeddedStore, Entry, Revision, Store, to_json};
+
+    fn snapshot(entries: impl IntoIterator<Item = (String, String)>) -> Snapshot {
+        let entry = |(key, value): (String, String)| {
+            let entry =
+                Entry { key: key.clone(), value, create_revision: Revision(1), mod_revision: Revision(1), lease: None };
+            (key, Arc::new(entry))
+        };
+        Snapshot { entries: entries.into_iter().map(entry).collect(), revision: Revision(1) }
+    }
+
+    fn model() -> ModelIdentity {
+        let spec = ModelSpec {
+            model_type: "mixtral".into(),
+            hidden_size: 8,
+            intermediate_size: 8,
+            num_hidden_layers: 2,
+            num_local_experts: 1,
+            num_experts_per_tok: 1,
+            num_attention_heads: 1,
+            num_key_value_heads: 1,
+            head_dim: 8,
+            vocab_size: 8,
+            max_position_embeddings: 8,
+            sliding_window: None,
+            rms_norm_eps: 1e-5,
+            rope_theta: 1e4,
+            tie_word_embeddings: false,
+            bos_token_id: None,
+            eos_token_ids: vec![2],
+            dtype: Dtype::Bf16,
+        };
+        ModelIdentity { name: "tiny".into(), fingerprint: Fingerprint([7; 32]), spec }
+    }
+
+    #[test]
+    fn every_key_is_read_back_from_where_it_is_laid() {
+        let keys = Keys::new("demo").unwrap();
+        let id = NodeId::new("expert-0").unwrap();
+        let member = Member {
+            id: id.clone(),
+            role: Role::Expert,
+            state: MemberState::Ready,
+            grpc: "127.0.0.1:1".into(),
+            http: "127.0.0.1:2".into(),
+            version: "0.1.0".into(),
+            incarnation: 1,
+            zone: None,
+            device: Some(Device { kind: "cpu".into(), name: "test".into() }),
+            capacity_bytes: Some(1),
+            serving_epoch: None,
+            model: Some(model()),
+        };
+        let holdings = ExpertHoldings::new([ExpertKey { layer: LayerId(1), expert: ExpertId(0) }], 1);
+        let layer = LayerPlacement { experts: vec![vec![id.clone()]] };
+        let state = ClusterState::of(
+            &snapshot([
+                (keys.member(Role::Expert, &id), to_json(&member)),
+                (keys.holdings(&id), to_json(&holdings)),
+                (keys.model(), to_json(&model())),
+                (keys.layer(Epoch(12), LayerId(0)), to_json(&layer)),
+                (keys.layer(Epoch(12), LayerId(1)), to_json(&layer)),
+                (keys.layer(Epoch(13), LayerId(0)), to_json(&layer)),
+                (keys.placement(PlacementKind::Target), to_json(&EpochRef { epoch: Epoch(13) })),
+                (keys.placement(PlacementKind::Serving), to_json(&EpochRef { epoch: Epoch(12) })),
+                (format!("{}/1f", keys.election()), "coordinator-0".into()),
+            ]),
+            &keys,
+        );
+        assert_eq!(state.member(Role::Expert, &id), Some(&member));
+        assert_eq!(state.holdings(&id), Some(&holdings));
+        assert_eq!(state.model(), Some(&model()));
+        let whole = Placement { epoch: Epoch(12), layers: vec![layer.clone(), layer] };
+        assert_eq!(state.serving(), Some(&whole));
+        assert_eq!(state.target(), None, "a layer of epoch 13 is missing");
+        assert_eq!(state.epochs().collect::<Vec<_>>(), [Epoch(12), Epoch(13)]);
+        assert_eq!(state.leader(), Some("coordinator-0"));
+        assert!(state.unreadable().is_empty());
+    }
+
+    #[tokio::test]
+    async fn following_publishes_each_state_until_the_mirror_closes() {
+        let keys = Keys::new("demo").unwrap();
+        let store: Arc<dyn Store> = Arc::new(EmbeddedStore::new());
+        let mirror = Mirror::start(Arc::clone(&store), keys.prefix()).await.unwrap();
+        let tasks = TaskTracker::new();
+        let mut states = ClusterState::follow(&mirror, &keys, &tasks);
+        assert_eq!(**states.borrow_and_update(), ClusterState::default());
+        store.put(&keys.model(), &to_json(&model())).await.unwrap();
+        assert_eq!(states.wait_for(|state| state.model().is_some()).await.unwrap().model(), Some(&model()));
+        mirror.close().await;
+        tasks.close();
+        tasks.wait().await;
+    }
+
+    #[test]
+    fn a_bad_record_is_left_out_alone() {
+        let keys = Keys::new("demo").unwrap();
+        let id = NodeId::new("expert-0").unwrap();
+        let state = ClusterState::of(
+            &snapshot([
+                (keys.member(Role::Expert, &id), "{".into()),
+                (keys.holdings(&id), to_json(&ExpertHoldings::default())),
+            ]),
+            &keys,
+        );
+        assert_eq!(state.members(Role::Expert).count(), 0);
+        assert!(state.holdings(&id).is_some());
+        assert_eq!(state.unreadable().keys().collect::<Vec<_>>(), ["members/expert/expert-0"]);
     }
 }
