@@ -138,9 +138,9 @@ fn run_batch(mut jobs: Vec<Running>, held: &Held, pool: &Pool) {
         for &(j, p) in &parts {
             let running = &mut jobs[j];
             let width = running.job.request.hidden_states.width();
-            let Ok(start) = running.experts[p] else { continue };
+            let Ok(start) = &running.experts[p] else { continue };
             let (rows, after) = rest.split_at(running.job.request.experts[p].rows.len() * width);
-            running.rows[start * width..][..rows.len()].copy_from_slice(rows);
+            running.rows[*start * width..][..rows.len()].copy_from_slice(rows);
             rest = after;
         }
     }

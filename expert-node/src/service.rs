@@ -4,9 +4,7 @@ use std::sync::Arc;
 
 use arc_swap::ArcSwap;
 use futures::stream::FuturesUnordered;
-use sirocco_proto::expert::{
-    DispatchRequest, DispatchResponse, ExpertService, Refusal, RefusalReason,
-};
+use sirocco_proto::expert::{DispatchRequest, DispatchResponse, ExpertService, Refusal, RefusalReason};
 use sirocco_proto::tonic::{Request, Response, Status, Streaming};
 use sirocco_proto::wire::expert as wire;
 use sirocco_types::{ExpertHoldings, ModelIdentity, NodeId};
@@ -46,10 +44,7 @@ impl ExpertService for Service {
         Ok(Response::new(ReceiverStream::new(stream)))
     }
 
-    async fn describe(
-        &self,
-        _: Request<wire::DescribeRequest>,
-    ) -> Result<Response<wire::DescribeResponse>, Status> {
+    async fn describe(&self, _: Request<wire::DescribeRequest>) -> Result<Response<wire::DescribeResponse>, Status> {
         let held = self.held.load();
         let bytes = held.values().map(|weights| weights.bytes() as u64).sum();
         let holdings = ExpertHoldings::new(held.keys().copied(), bytes);

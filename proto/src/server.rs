@@ -3,8 +3,10 @@
 use std::time::Duration;
 
 use tokio::net::TcpListener;
+use tokio::sync::watch;
 use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::TcpListenerStream;
+use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 use tonic::transport::Server;
 use tonic_health::ServingStatus;
@@ -65,7 +67,7 @@ impl Services {
     pub async fn serve(
         self,
         listener: TcpListener,
-        shutdown: impl Future<Output = ()> + Clone + Send,
+        shutdown: CancellationToken,
         grace: Duration,
     ) -> Result<(), tonic::transport::Error> {
         let (interval, timeout) = KEEPALIVE;
@@ -84,9 +86,9 @@ impl Services {
             .http2_keepalive_interval(Some(interval))
             .http2_keepalive_timeout(Some(timeout))
             .add_routes(routes)
-            .serve_with_incoming_shutdown(incoming, shutdown.clone());
+            .serve_with_incoming_shutdown(incoming, shutdown.clone().cancelled_owned());
         let cut = async {
-            shutdown.await;
+            shutdown.cancelled().await;
             tokio::time::sleep(grace).await;
         };
         tokio::select! {
@@ -100,12 +102,18 @@ impl Services {
 }
 
 impl HealthSwitch {
-    /// Reports every service as serving, or not.
-    pub async fn set(&self, serving: bool) {
-        let status = if serving { ServingStatus::Serving } else { ServingStatus::NotServing };
-        self.reporter.set_service_status("", status).await;
-        for name in &self.names {
-            self.reporter.set_service_status(*name, status).await;
+    /// Reports every service as serving while there is no obstacle, until the sender of `obstacle` is gone.
+    pub async fn follow(self, mut obstacle: watch::Receiver<Option<String>>) {
+        loop {
+            let serving = obstacle.borrow_and_update().is_none();
+            let status = if serving { ServingStatus::Serving } else { ServingStatus::NotServing };
+            self.reporter.set_service_status("", status).await;
+            for name in &self.names {
+                self.reporter.set_service_status(*name, status).await;
+            }
+            if obstacle.changed().await.is_err() {
+                return;
+            }
         }
     }
 }

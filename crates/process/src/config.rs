@@ -6,7 +6,7 @@
 use std::ffi::OsString;
 use std::path::Path;
 
-use clap::{ArgAction, Command, CommandFactory, FromArgMatches, Parser};
+use clap::{ArgAction, Command, Parser};
 use toml::{Table, Value};
 
 /// Reads the settings of this process. Prints what is wrong and exits with status 2 when they are not valid.

@@ -45,6 +45,11 @@ impl Health {
         let _ = self.obstacle.subscribe().wait_for(Option::is_none).await;
     }
 
+    /// Why the process is not ready, none when it is; and word of changes.
+    pub fn subscribe(&self) -> watch::Receiver<Option<String>> {
+        self.obstacle.subscribe()
+    }
+
     fn set(&self, obstacle: Option<String>) {
         self.obstacle.send_if_modified(|current| {
             let changed = *current != obstacle;

@@ -13,11 +13,12 @@ use sirocco_types::{
 use tokio::sync::watch;
 use tokio_util::task::TaskTracker;
 
-use crate::{Keys, Mirror, Snapshot, parse};
+use crate::{Keys, Mirror, Revision, Snapshot, parse};
 
 /// Members, holdings, model and placements of one cluster.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct ClusterState {
+    revision: Revision,
     members: BTreeMap<(Role, NodeId), Member>,
     holdings: BTreeMap<NodeId, ExpertHoldings>,
     epochs: BTreeMap<Epoch, Placement>,
@@ -47,10 +48,16 @@ impl ClusterState {
 
     /// Reads a snapshot of `keys.prefix()`.
     pub fn of(snapshot: &Snapshot, keys: &Keys) -> Self {
-        Self::read(snapshot.entries.values().filter_map(|entry| {
+        let entries = snapshot.entries.values().filter_map(|entry| {
             let key = entry.key.strip_prefix(keys.prefix())?;
             Some((key, entry.value.as_str(), entry.create_revision.0))
-        }))
+        });
+        Self { revision: snapshot.revision, ..Self::read(entries) }
+    }
+
+    /// The store's revision it was read at; 0 when it was not read from a snapshot.
+    pub fn revision(&self) -> Revision {
+        self.revision
     }
 
     /// Reads `entries`, whose keys have lost the cluster's prefix (`/sirocco/<cluster>/`); the third part is the revision

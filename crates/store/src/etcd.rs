@@ -3,6 +3,7 @@
 //! Calls go through [`Endpoints`], which knows timeouts, failover and what may be repeated; this file only translates. Leases
 //! and elections use plain keys and transactions, never etcd's own lock or election services, so that both stores share them.
 
+mod args;
 mod endpoints;
 mod options;
 
@@ -17,6 +18,7 @@ use etcd_client::{
 use futures::{StreamExt, stream};
 
 pub use self::options::EtcdOptions;
+pub use args::EtcdArgs;
 
 use self::endpoints::{Connected, Endpoints, Failure, NOT_FOUND, Repeat, code};
 use crate::backoff::Backoff;

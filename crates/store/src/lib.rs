@@ -24,10 +24,13 @@ pub use cluster::ClusterState;
 pub use election::{Leadership, campaign, leader};
 pub use embedded::EmbeddedStore;
 pub use error::{Result, StoreError};
-pub use etcd::{EtcdOptions, EtcdStore};
+pub use etcd::{EtcdArgs, EtcdOptions, EtcdStore};
 pub use keys::{Keys, parse, to_json};
 pub use lease::Lease;
 pub use mirror::{Mirror, Snapshot};
 pub use registration::Registration;
 pub use store::{Entry, Event, Grant, LeaseId, Listing, Revision, Store, WatchBatch, WatchStream};
 pub use txn::{Compare, MAX_TXN_OPS, Op, Txn, TxnOutcome};
+
+/// How long a node that says nothing stays a member. An etcd that loses its leader may refuse calls for longer than 10 s.
+pub const LEASE_TTL: std::time::Duration = std::time::Duration::from_secs(15);

@@ -1,0 +1,189 @@
+//! The life of an expert node: open the checkpoint, listen, join the cluster, hold and serve, leave.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use sirocco_compute::{Pool, cpu_description};
+use sirocco_model::{Checkpoint, CheckpointError};
+use sirocco_process::http::{self, Health};
+use sirocco_process::{BindError, LifeError, NodeArgs, Running, bind};
+use sirocco_proto::channel::MAX_MESSAGE_BYTES;
+use sirocco_proto::expert::ExpertServiceServer;
+use sirocco_proto::server::Services;
+use sirocco_store::{ClusterState, Keys, LEASE_TTL, Mirror, Registration, Store, StoreError, to_json};
+use sirocco_types::{Device, Member, MemberState, NodeId, NodeIdError, Role};
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::{AbortOnDropHandle, TaskTracker};
+
+use crate::batch::{Batcher, Held};
+use crate::loader::Loader;
+use crate::service::Service;
+
+/// What an expert node is told.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Config {
+    /// Checkpoint folder (config.json and safetensors); only the bytes of the experts placed here are read
+    #[arg(long, env = "SIROCCO_MODEL", value_name = "FOLDER")]
+    pub model: PathBuf,
+    /// Where to serve gRPC; port 0 takes any free one
+    #[arg(long, env = "SIROCCO_GRPC", value_name = "ADDR", default_value = "127.0.0.1:7500")]
+    pub grpc: SocketAddr,
+    /// Where to serve /live, /ready and /health
+    #[arg(long, env = "SIROCCO_HTTP", value_name = "ADDR", default_value = "127.0.0.1:7501")]
+    pub http: SocketAddr,
+    /// Compute threads
+    #[arg(long, env = "SIROCCO_THREADS", value_name = "N", default_value_t = sirocco_process::default_threads())]
+    pub threads: usize,
+    /// Most bytes of expert weights to hold [default: four fifths of the machine's memory]
+    #[arg(long, env = "SIROCCO_CAPACITY_BYTES", value_name = "BYTES")]
+    pub capacity_bytes: Option<u64>,
+    /// Failure domain; replicas of one expert go to different ones
+    #[arg(long, env = "SIROCCO_ZONE", value_name = "NAME")]
+    pub zone: Option<String>,
+    /// Do not show on a terminal how loading goes
+    #[arg(long, env = "SIROCCO_NO_PROGRESS")]
+    pub no_progress: bool,
+}
+
+/// Why an expert node did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// A name is not valid.
+    #[error(transparent)]
+    Name(#[from] NodeIdError),
+    /// The checkpoint cannot be served.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// An address is not free.
+    #[error(transparent)]
+    Bind(#[from] BindError),
+    /// The cluster does not take it in.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The system refuses threads or sockets.
+    #[error("the system refuses: {0}")]
+    System(#[from] std::io::Error),
+    /// The compute threads cannot be started.
+    #[error("--threads: {0}")]
+    Threads(String),
+}
+
+/// Starts a node and returns once it is a member; it then loads what is placed on it. `shutdown` asks it to leave.
+pub async fn start(
+    config: Config,
+    args: NodeArgs,
+    store: Arc<dyn Store>,
+    shutdown: CancellationToken,
+) -> Result<Running, StartError> {
+    let id = NodeId::new(&args.id)?;
+    let keys = Keys::new(&args.cluster)?;
+    let folder = config.model.clone();
+    let checkpoint = tokio::task::spawn_blocking(move || Checkpoint::open(&folder)).await;
+    let checkpoint = Arc::new(checkpoint.map_err(std::io::Error::other)??);
+    let grpc = bind("--grpc", config.grpc).await?;
+    let http = bind("--http", config.http).await?;
+    let (grpc_at, http_at) = (grpc.local_addr()?, http.local_addr()?);
+    let pool = Pool::new(config.threads).map_err(|error| StartError::Threads(error.to_string()))?;
+
+    let member = Member {
+        id: id.clone(),
+        role: Role::Expert,
+        state: MemberState::Ready,
+        grpc: http::advertised(&grpc, args.advertise.as_deref())?,
+        http: http_at.to_string(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        incarnation: sirocco_process::incarnation(),
+        zone: config.zone.clone(),
+        device: Some(Device { kind: "cpu".into(), name: cpu_description(config.threads) }),
+        capacity_bytes: Some(config.capacity_bytes.unwrap_or_else(default_capacity)),
+        serving_epoch: None,
+        model: Some(checkpoint.identity().clone()),
+    };
+    let health = Health::new("expert-node", &args.id);
+    let registration =
+        Registration::open(Arc::clone(&store), &keys.member(Role::Expert, &id), &to_json(&member), LEASE_TTL).await?;
+    let mirror = Mirror::start(store, keys.prefix()).await?;
+    tracing::info!(%id, grpc = %grpc_at, model = %member.model.as_ref().map(|m| m.fingerprint.short()).unwrap_or_default(), "joined");
+
+    let held = Arc::new(ArcSwap::from_pointee(Held::new()));
+    let (batcher, compute) = Batcher::start(Arc::clone(&held), pool)?;
+    let tasks = TaskTracker::new();
+    let registration = Arc::new(registration);
+    let loader = Loader {
+        id: id.clone(),
+        keys: keys.clone(),
+        checkpoint: Arc::clone(&checkpoint),
+        held: Arc::clone(&held),
+        registration: Arc::clone(&registration),
+        health: health.clone(),
+        progress: !config.no_progress,
+    };
+    tasks.spawn(loader.run(ClusterState::follow(&mirror, &keys, &tasks), shutdown.clone()));
+    let service = Service {
+        id,
+        model: Arc::new(checkpoint.identity().clone()),
+        held,
+        batcher,
+        tasks: tasks.clone(),
+        shutdown: shutdown.clone(),
+    };
+    let life = Life { registration, mirror, tasks, compute, shutdown, grace: Duration::from_secs(args.drain_s) };
+    let life = tokio::spawn(life.run(service, (grpc, http), health.clone()));
+    Ok(Running { id: args.id, grpc: grpc_at, http: http_at, health, life: AbortOnDropHandle::new(life) })
+}
+
+/// What a running node consists of.
+struct Life {
+    registration: Arc<Registration>,
+    mirror: Mirror,
+    tasks: TaskTracker,
+    compute: std::thread::JoinHandle<()>,
+    shutdown: CancellationToken,
+    grace: Duration,
+}
+
+impl Life {
+    /// Serves until the shutdown, then finishes what is under way, leaves the cluster and ends.
+    async fn run(
+        self,
+        service: Service,
+        (grpc, http): (TcpListener, TcpListener),
+        health: Health,
+    ) -> Result<(), LifeError> {
+        let expert = ExpertServiceServer::new(service)
+            .max_decoding_message_size(MAX_MESSAGE_BYTES)
+            .max_encoding_message_size(MAX_MESSAGE_BYTES);
+        let services = Services::default().with(expert);
+        let switch = services.health();
+        let health_reports = AbortOnDropHandle::new(tokio::spawn(switch.follow(health.subscribe())));
+        self.tasks.spawn(http::serve(http, health.clone(), self.shutdown.clone()));
+        let served = services.serve(grpc, self.shutdown.clone(), self.grace).await;
+
+        health.not_ready("stopping");
+        self.shutdown.cancel();
+        self.mirror.close().await;
+        self.tasks.close();
+        drop(health_reports);
+        if tokio::time::timeout(self.grace, self.tasks.wait()).await.is_err() {
+            tracing::warn!("work was still under way at the end of the grace period");
+        }
+        if let Ok(registration) = Arc::try_unwrap(self.registration) {
+            registration.close().await;
+        }
+        if tokio::task::spawn_blocking(|| self.compute.join().is_err()).await.unwrap_or(true) {
+            return Err("the compute thread failed".into());
+        }
+        Ok(served?)
+    }
+}
+
+fn default_capacity() -> u64 {
+    let info = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let total =
+        info.lines().find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+    total.map_or(1 << 30, |kib| kib * 1024 / 5 * 4)
+}
