@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 
+use sirocco_process::chain;
 use sirocco_proto::channel::{self, MAX_MESSAGE_BYTES};
 use sirocco_proto::expert::{
     DispatchRequest, DispatchResponse, ExpertOutputs, ExpertServiceClient, Refusal, RefusalReason,
@@ -46,9 +47,9 @@ impl Connection {
     /// Sends `request`, whose id this sets, and waits for its answer.
     pub(crate) async fn call(&self, request: DispatchRequest) -> Result<ExpertOutputs, Refusal> {
         let (answer, answered) = oneshot::channel();
-        let gone = |_| unavailable(&self.node, &self.address, "its connection is closed");
-        self.calls.send((request, answer)).await.map_err(|_| gone(()))?;
-        answered.await.map_err(|_| gone(()))?
+        let gone = || unavailable(&self.node, &self.address, "its connection is closed");
+        self.calls.send((request, answer)).await.map_err(|_| gone())?;
+        answered.await.map_err(|_| gone())?
     }
 }
 
@@ -128,21 +129,11 @@ async fn open_stream(address: &str) -> Result<Stream, String> {
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_MESSAGE_BYTES);
     let (requests, outgoing) = mpsc::channel(QUEUE);
-    let responses = client.dispatch(ReceiverStream::new(outgoing)).await.map_err(|status| status.message().to_owned())?;
+    let responses =
+        client.dispatch(ReceiverStream::new(outgoing)).await.map_err(|status| status.message().to_owned())?;
     Ok(Stream { requests, responses: responses.into_inner(), waiting: HashMap::new() })
 }
 
 fn unavailable(node: &NodeId, address: &str, reason: &str) -> Refusal {
     Refusal::new(RefusalReason::Unavailable, format!("expert node {node} at {address}: {reason}"))
-}
-
-/// An error with its causes, the outermost first.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    text
 }

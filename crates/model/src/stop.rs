@@ -1,7 +1,7 @@
 //! Ends a completion before a stop string, however the string is cut into tokens.
 
 /// Lets text through and holds back what may begin a stop string.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct StopMatcher {
     stops: Vec<String>,
     held: String,

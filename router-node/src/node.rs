@@ -1,0 +1,268 @@
+//! The life of a router node: load the model, listen, join the cluster, follow the placement, serve, leave.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use sirocco_compute::{Pool, cpu_description};
+use sirocco_model::{Checkpoint, CheckpointError, KvCache, Model, Tokenizer, TokenizerError};
+use sirocco_process::http::{self, Health};
+use sirocco_process::{BindError, LifeError, NodeArgs, Running, bind};
+use sirocco_proto::channel::MAX_MESSAGE_BYTES;
+use sirocco_proto::inference::InferenceServiceServer;
+use sirocco_proto::server::Services;
+use sirocco_store::{ClusterState, Keys, LEASE_TTL, Mirror, Registration, Store, StoreError, to_json};
+use sirocco_types::{Device, Member, MemberState, ModelIdentity, ModelSpec, NodeId, NodeIdError, Role};
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::{AbortOnDropHandle, TaskTracker};
+
+use crate::api::Api;
+use crate::dispatch::RemoteExperts;
+use crate::engine::{Engine, EngineLimits, Parts};
+use crate::topology::{self, Topology};
+
+/// What a router node is told.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Config {
+    /// Checkpoint folder (config.json, safetensors, tokenizer.json); the experts' bytes are not read
+    #[arg(long, env = "SIROCCO_MODEL", value_name = "FOLDER")]
+    pub model: PathBuf,
+    /// Where to serve gRPC; port 0 takes any free one
+    #[arg(long, env = "SIROCCO_GRPC", value_name = "ADDR", default_value = "127.0.0.1:8001")]
+    pub grpc: SocketAddr,
+    /// Where to serve /live, /ready and /health
+    #[arg(long, env = "SIROCCO_HTTP", value_name = "ADDR", default_value = "127.0.0.1:8000")]
+    pub http: SocketAddr,
+    /// Compute threads
+    #[arg(long, env = "SIROCCO_THREADS", value_name = "N", default_value_t = sirocco_process::default_threads())]
+    pub threads: usize,
+    /// Sequences computed at once
+    #[arg(long, env = "SIROCCO_MAX_SEQUENCES", value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_sequences: u32,
+    /// Requests that may wait; one more is refused
+    #[arg(long, env = "SIROCCO_MAX_QUEUE", value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_queue: u32,
+    /// Tokens computed in one step; longer prompts are cut into chunks
+    #[arg(long, env = "SIROCCO_STEP_TOKENS", value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..))]
+    pub step_tokens: u32,
+    /// Most memory for the KV cache, in bytes
+    #[arg(long, env = "SIROCCO_KV_BYTES", value_name = "BYTES", default_value_t = 1 << 30)]
+    pub kv_bytes: u64,
+    /// Longest wait for the experts of one layer, in seconds, their move to another node included
+    #[arg(long, env = "SIROCCO_EXPERT_TIMEOUT_S", value_name = "SECONDS", default_value_t = 60)]
+    pub expert_timeout_s: u64,
+}
+
+/// Why a router node did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// A name is not valid.
+    #[error(transparent)]
+    Name(#[from] NodeIdError),
+    /// The checkpoint cannot be served.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// The tokenizer cannot be used.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    /// An address is not free.
+    #[error(transparent)]
+    Bind(#[from] BindError),
+    /// The cluster does not take it in.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The system refuses threads or sockets.
+    #[error("the system refuses: {0}")]
+    System(#[from] std::io::Error),
+    /// The compute threads cannot be started.
+    #[error("--threads: {0}")]
+    Threads(String),
+    /// The KV cache has no room for a single block.
+    #[error("--kv-bytes: {given} is less than one block of the KV cache takes, {block}")]
+    KvCache {
+        /// As configured.
+        given: u64,
+        /// Bytes of one block.
+        block: usize,
+    },
+}
+
+/// Starts a node and returns once it is a member; it is ready once a placement serves. `shutdown` asks it to leave.
+pub async fn start(
+    config: Config,
+    args: NodeArgs,
+    store: Arc<dyn Store>,
+    shutdown: CancellationToken,
+) -> Result<Running, StartError> {
+    let id = NodeId::new(&args.id)?;
+    let keys = Keys::new(&args.cluster)?;
+    let grpc = bind("--grpc", config.grpc).await?;
+    let http = bind("--http", config.http).await?;
+    let (grpc_at, http_at) = (grpc.local_addr()?, http.local_addr()?);
+    let (folder, threads) = (config.model.clone(), config.threads);
+    let loaded = tokio::task::spawn_blocking(move || Loaded::read(&folder, threads)).await;
+    let Loaded { identity, tokenizer, model } = loaded.map_err(std::io::Error::other)??;
+    let limits = EngineLimits {
+        sequences: config.max_sequences as usize,
+        queue: config.max_queue as usize,
+        step_tokens: config.step_tokens as usize,
+        kv_blocks: kv_blocks(&config, &identity.spec)?,
+    };
+
+    let member = Member {
+        id,
+        role: Role::Router,
+        state: MemberState::Starting,
+        grpc: http::advertised(&grpc, args.advertise.as_deref())?,
+        http: http_at.to_string(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        incarnation: sirocco_process::incarnation(),
+        zone: None,
+        device: Some(Device { kind: "cpu".into(), name: cpu_description(config.threads) }),
+        capacity_bytes: None,
+        serving_epoch: None,
+        model: Some(ModelIdentity::clone(&identity)),
+    };
+    let health = Health::new("router-node", &args.id);
+    let member_key = keys.member(Role::Router, &member.id);
+    let registration = Registration::open(Arc::clone(&store), &member_key, &to_json(&member), LEASE_TTL).await?;
+    let mirror = Mirror::start(store, keys.prefix()).await?;
+    tracing::info!(id = %member.id, grpc = %grpc_at, model = identity.name, fingerprint = identity.fingerprint.short(), "joined");
+
+    let (tasks, connections) = (TaskTracker::new(), TaskTracker::new());
+    let states = ClusterState::follow(&mirror, &keys, &tasks);
+    let (sender, topology) = watch::channel(Arc::new(Topology::default()));
+    tasks.spawn(topology::follow(states.clone(), sender, connections.clone(), shutdown.clone()));
+    let experts = RemoteExperts {
+        topology: topology.clone(),
+        fingerprint: identity.fingerprint,
+        hidden_size: identity.spec.hidden_size,
+        timeout: Duration::from_secs(config.expert_timeout_s),
+    };
+    let parts = Parts { model, tokenizer: Arc::clone(&tokenizer), experts, limits };
+    let (engine, engine_thread) = Engine::start(parts, tokio::runtime::Handle::current())?;
+    let api = Api::new(Arc::clone(&identity), tokenizer, engine);
+    let presence = Presence { member, member_key, registration, health: health.clone() };
+    let presence = tokio::spawn(presence.keep(states, topology, shutdown.clone()));
+    let grace = Duration::from_secs(args.drain_s);
+    let life = Life { presence, mirror, tasks, connections, engine_thread, shutdown, grace };
+    let life = tokio::spawn(life.run(api, (grpc, http), health.clone()));
+    Ok(Running { id: args.id, grpc: grpc_at, http: http_at, health, life: AbortOnDropHandle::new(life) })
+}
+
+/// What is read from the checkpoint's folder.
+struct Loaded {
+    identity: Arc<ModelIdentity>,
+    tokenizer: Arc<Tokenizer>,
+    model: Model,
+}
+
+impl Loaded {
+    fn read(folder: &Path, threads: usize) -> Result<Self, StartError> {
+        let checkpoint = Checkpoint::open(folder)?;
+        let tokenizer = Tokenizer::load(folder, checkpoint.spec())?;
+        let pool = Pool::new(threads).map_err(|error| StartError::Threads(error.to_string()))?;
+        let model = Model::load(&checkpoint, pool)?;
+        tracing::info!(bytes = model.bytes(), "model loaded, without its experts");
+        Ok(Self { identity: Arc::new(checkpoint.identity().clone()), tokenizer: Arc::new(tokenizer), model })
+    }
+}
+
+/// Blocks that the budget pays for, but no more than every sequence at full length can use.
+fn kv_blocks(config: &Config, spec: &ModelSpec) -> Result<usize, StartError> {
+    let block = KvCache::block_bytes(spec);
+    let affordable = config.kv_bytes / block as u64;
+    let usable = config.max_sequences as usize * spec.max_position_embeddings.div_ceil(KvCache::BLOCK_TOKENS);
+    match usize::try_from(affordable).unwrap_or(usize::MAX).min(usable) {
+        0 => Err(StartError::KvCache { given: config.kv_bytes, block }),
+        blocks => Ok(blocks),
+    }
+}
+
+/// What the router tells others of itself.
+struct Presence {
+    member: Member,
+    member_key: String,
+    registration: Registration,
+    health: Health,
+}
+
+impl Presence {
+    /// Keeps the member record and the health in step with the placement the router goes by, until `shutdown`.
+    async fn keep(
+        mut self,
+        mut states: watch::Receiver<Arc<ClusterState>>,
+        mut topology: watch::Receiver<Arc<Topology>>,
+        shutdown: CancellationToken,
+    ) -> Registration {
+        loop {
+            let epoch = topology.borrow_and_update().epoch();
+            let own = self.member.model.as_ref().map(|model| model.fingerprint);
+            let served = states.borrow_and_update().model().map(|model| model.fingerprint);
+            match served {
+                Some(served) if Some(served) != own => {
+                    self.health.not_ready(format!("the cluster serves another checkpoint, {}", served.short()));
+                }
+                _ if epoch.0 == 0 => self.health.not_ready("no placement serves yet"),
+                _ => {
+                    self.member.state = MemberState::Ready;
+                    self.member.serving_epoch = Some(epoch);
+                    self.registration.set([(self.member_key.clone(), to_json(&self.member))]);
+                    self.health.ready();
+                }
+            }
+            tokio::select! {
+                () = shutdown.cancelled() => return self.registration,
+                Ok(()) = topology.changed() => {}
+                Ok(()) = states.changed() => {}
+            }
+        }
+    }
+}
+
+/// What a running node consists of.
+struct Life {
+    presence: tokio::task::JoinHandle<Registration>,
+    mirror: Mirror,
+    tasks: TaskTracker,
+    connections: TaskTracker,
+    engine_thread: std::thread::JoinHandle<()>,
+    shutdown: CancellationToken,
+    grace: Duration,
+}
+
+impl Life {
+    /// Serves until the shutdown, then finishes the requests under way, leaves the cluster and ends.
+    async fn run(self, api: Api, (grpc, http): (TcpListener, TcpListener), health: Health) -> Result<(), LifeError> {
+        let service = InferenceServiceServer::new(api).max_encoding_message_size(MAX_MESSAGE_BYTES);
+        let services = Services::default().with(service);
+        let reports = AbortOnDropHandle::new(tokio::spawn(services.health().follow(health.subscribe())));
+        self.tasks.spawn(http::serve(http, health.clone(), self.shutdown.clone()));
+        let served = services.serve(grpc, self.shutdown.clone(), self.grace).await;
+
+        health.not_ready("stopping");
+        self.shutdown.cancel();
+        drop(reports);
+        self.presence.await?.close().await;
+        self.mirror.close().await;
+        self.tasks.close();
+        self.connections.close();
+        let ended = async {
+            self.tasks.wait().await;
+            self.connections.wait().await;
+        };
+        let engine = tokio::task::spawn_blocking(|| self.engine_thread.join());
+        let all = async { tokio::join!(ended, engine).1 };
+        match tokio::time::timeout(self.grace, all).await {
+            Ok(Ok(Err(_))) => Err("the engine failed".into()),
+            Ok(_) => Ok(served?),
+            Err(_) => {
+                tracing::warn!("work was still under way at the end of the grace period");
+                Ok(served?)
+            }
+        }
+    }
+}
