@@ -8,7 +8,7 @@ use sirocco_proto::cluster::ClusterService;
 use sirocco_proto::tonic::{Request, Response, Status};
 use sirocco_proto::wire::cluster as wire;
 use sirocco_store::ClusterState;
-use sirocco_types::{Member, NodeId, Placement, Role};
+use sirocco_types::{Member, ModelSpec, NodeId, Placement, Role};
 use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_stream::wrappers::WatchStream;
@@ -127,7 +127,7 @@ fn node(state: &ClusterState, member: &Member) -> wire::Node {
 /// Every expert of the model, by layer, then by index.
 fn experts(state: &ClusterState) -> impl Iterator<Item = wire::Expert> {
     let spec = state.model().map(|model| &model.spec);
-    spec.into_iter().flat_map(|spec| spec.experts()).map(|key| {
+    spec.into_iter().flat_map(ModelSpec::experts).map(|key| {
         let placed = |placement: Option<&Placement>| {
             placement.map(|placement| names(placement.replicas(key))).unwrap_or_default()
         };

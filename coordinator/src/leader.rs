@@ -22,7 +22,6 @@ use crate::reconcile::{Action, layers, next_actions};
 const RETRY: Duration = Duration::from_millis(500);
 
 /// A candidate, and the leader once elected.
-
 pub(crate) struct Candidate {
     pub(crate) id: NodeId,
     pub(crate) store: Arc<dyn Store>,

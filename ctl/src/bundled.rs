@@ -28,7 +28,10 @@ const FILES: [(&str, &[u8]); 7] = bundled![
 pub(crate) fn folder() -> Result<PathBuf> {
     let folder = cache().join("sirocco").join(concat!("models-", env!("CARGO_PKG_VERSION"))).join("demo");
     write(&folder).with_context(|| {
-        format!("cannot write the bundled model to {}; set XDG_CACHE_HOME to a folder that can be written", folder.display())
+        format!(
+            "cannot write the bundled model to {}; set XDG_CACHE_HOME to a folder that can be written",
+            folder.display()
+        )
     })?;
     Ok(folder)
 }

@@ -1,2 +1,113 @@
-//! p
-fn main(){}
+//! The `sirocco` command: starts clusters, talks to them, and shows how they are.
+#![forbid(unsafe_code)]
+
+mod bundled;
+mod cluster;
+mod generate;
+mod inspect;
+mod output;
+mod up;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{CommandFactory as _, Parser, Subcommand};
+use sirocco_process::{Shutdown, config, exit, logs};
+use tokio_util::sync::CancellationToken;
+
+/// Serves Mixture-of-Experts models from a cluster in which every expert lives on its own node
+#[derive(Debug, Parser)]
+#[command(name = "sirocco", version, after_help = EXIT_CODES)]
+struct Cli {
+    /// Configuration file (TOML): a table for each command, its keys the flags' names
+    #[arg(long, global = true, env = "SIROCCO_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXIT_CODES: &str = "Exit status: 0 done, 1 failed, 2 usage, 3 cluster unreachable";
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Start a whole cluster and serve until stopped
+    Up(Box<up::Args>),
+    /// Complete a prompt
+    Generate(generate::Args),
+    /// Show how the cluster is
+    Status(cluster::Query),
+    /// List the nodes
+    Nodes(cluster::Query),
+    /// List the experts and where they are
+    Experts(cluster::ExpertsArgs),
+    /// Show which expert is placed where
+    #[command(subcommand)]
+    Placement(cluster::PlacementCommand),
+    /// Look at a checkpoint
+    #[command(subcommand)]
+    Model(inspect::Command),
+    /// Write a shell's completion script
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+}
+
+/// No part of the cluster answers: exit status 3.
+#[derive(Debug)]
+pub(crate) struct Unreachable(String);
+
+impl std::fmt::Display for Unreachable {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Unreachable {}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let cli: Cli = config::parse();
+    let quiet = matches!(&cli.command, Command::Up(args) if args.prompt.is_some());
+    logs::init(if matches!(cli.command, Command::Up(_)) && !quiet { logs::SERVER } else { logs::COMMAND });
+    let token = CancellationToken::new();
+    let result = match Shutdown::listen() {
+        Ok(signals) => signals.drive(&token, run(cli.command, token.clone())).await,
+        Err(error) => Err(error.into()),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("sirocco: {error:#}");
+            let unreachable = error.chain().any(|cause| cause.is::<Unreachable>());
+            ExitCode::from(if unreachable { exit::UNREACHABLE } else { exit::FAILED })
+        }
+    }
+}
+
+async fn run(command: Command, shutdown: CancellationToken) -> anyhow::Result<()> {
+    if let Command::Up(args) = command {
+        return up::run(*args, shutdown).await;
+    }
+    tokio::select! {
+        result = ask(command) => result,
+        () = shutdown.cancelled() => Err(anyhow::anyhow!("interrupted")),
+    }
+}
+
+/// The commands that ask something and end by themselves.
+async fn ask(command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::Up(_) => unreachable!("it has been taken care of"),
+        Command::Generate(args) => generate::run(args).await,
+        Command::Status(query) => cluster::status(query).await,
+        Command::Nodes(query) => cluster::nodes(query).await,
+        Command::Experts(args) => cluster::experts(args).await,
+        Command::Placement(command) => cluster::placement(command).await,
+        Command::Model(command) => inspect::run(&command),
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "sirocco", &mut std::io::stdout());
+            Ok(())
+        }
+    }
+}

@@ -65,11 +65,12 @@ pub(crate) fn table(columns: &[Column], rows: &[Vec<String>], all: bool) -> Stri
     let shown = |index: &usize| all || !columns[*index].wide;
     let indices: Vec<usize> = (0..columns.len()).filter(shown).collect();
     let mut table = Table::new();
-    table.load_preset(presets::NOTHING);
+    table.load_style(presets::NOTHING);
     if std::io::stdout().is_terminal() {
         table.set_content_arrangement(ContentArrangement::Dynamic);
     }
-    table.set_header(indices.iter().map(|&i| Cell::new(columns[i].title.to_uppercase()).add_attribute(Attribute::Bold)));
+    table
+        .set_header(indices.iter().map(|&i| Cell::new(columns[i].title.to_uppercase()).add_attribute(Attribute::Bold)));
     for row in rows {
         table.add_row(indices.iter().map(|&i| row[i].as_str()));
     }

@@ -69,8 +69,9 @@ async fn run(node: NodeId, address: String, mut calls: mpsc::Receiver<(DispatchR
         match open_stream(&address).await {
             Ok(stream) => {
                 tracing::debug!(%node, address, "connected");
-                let reason = drive(stream, call, &mut calls, &mut next_id, &node, &address).await;
-                tracing::warn!(%node, address, reason, "the stream to an expert node ended");
+                if let Some(reason) = drive(stream, call, &mut calls, &mut next_id, &node, &address).await {
+                    tracing::warn!(%node, address, reason, "the stream to an expert node broke");
+                }
             }
             Err(reason) => {
                 tracing::debug!(%node, address, reason, "cannot connect to an expert node");
@@ -80,7 +81,7 @@ async fn run(node: NodeId, address: String, mut calls: mpsc::Receiver<(DispatchR
     }
 }
 
-/// Carries calls over `stream`, `first` foremost, until it breaks or no handle is left. Returns why it ended.
+/// Carries calls over `stream`, `first` foremost, until no handle is left or it breaks. Returns why it broke.
 async fn drive(
     mut stream: Stream,
     first: (DispatchRequest, Answer),
@@ -88,7 +89,7 @@ async fn drive(
     next_id: &mut u64,
     node: &NodeId,
     address: &str,
-) -> String {
+) -> Option<String> {
     let mut call = Some(first);
     let reason = loop {
         if let Some((mut request, answer)) = call.take() {
@@ -102,7 +103,7 @@ async fn drive(
         tokio::select! {
             next = calls.recv() => match next {
                 Some(next) => call = Some(next),
-                None => return "no longer needed".to_owned(),
+                None => return None,
             },
             response = stream.responses.next() => match response {
                 Some(Ok(response)) => {
@@ -120,7 +121,7 @@ async fn drive(
     for (_, answer) in stream.waiting.drain() {
         let _ = answer.send(Err(unavailable(node, address, &reason)));
     }
-    reason
+    Some(reason)
 }
 
 async fn open_stream(address: &str) -> Result<Stream, String> {

@@ -24,6 +24,12 @@ use crate::dispatch::RemoteExperts;
 use crate::engine::{Engine, EngineLimits, Parts};
 use crate::topology::{self, Topology};
 
+const MAX_SEQUENCES: u32 = 32;
+const MAX_QUEUE: u32 = 256;
+const STEP_TOKENS: u32 = 512;
+const KV_BYTES: u64 = 1 << 30;
+const EXPERT_TIMEOUT_S: u64 = 60;
+
 /// What a router node is told.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Config {
@@ -40,20 +46,38 @@ pub struct Config {
     #[arg(long, env = "SIROCCO_THREADS", value_name = "N", default_value_t = sirocco_process::default_threads())]
     pub threads: usize,
     /// Sequences computed at once
-    #[arg(long, env = "SIROCCO_MAX_SEQUENCES", value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, env = "SIROCCO_MAX_SEQUENCES", value_name = "N", default_value_t = MAX_SEQUENCES, value_parser = clap::value_parser!(u32).range(1..))]
     pub max_sequences: u32,
     /// Requests that may wait; one more is refused
-    #[arg(long, env = "SIROCCO_MAX_QUEUE", value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, env = "SIROCCO_MAX_QUEUE", value_name = "N", default_value_t = MAX_QUEUE, value_parser = clap::value_parser!(u32).range(1..))]
     pub max_queue: u32,
     /// Tokens computed in one step; longer prompts are cut into chunks
-    #[arg(long, env = "SIROCCO_STEP_TOKENS", value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, env = "SIROCCO_STEP_TOKENS", value_name = "N", default_value_t = STEP_TOKENS, value_parser = clap::value_parser!(u32).range(1..))]
     pub step_tokens: u32,
     /// Most memory for the KV cache, in bytes
-    #[arg(long, env = "SIROCCO_KV_BYTES", value_name = "BYTES", default_value_t = 1 << 30)]
+    #[arg(long, env = "SIROCCO_KV_BYTES", value_name = "BYTES", default_value_t = KV_BYTES)]
     pub kv_bytes: u64,
     /// Longest wait for the experts of one layer, in seconds, their move to another node included
-    #[arg(long, env = "SIROCCO_EXPERT_TIMEOUT_S", value_name = "SECONDS", default_value_t = 60)]
+    #[arg(long, env = "SIROCCO_EXPERT_TIMEOUT_S", value_name = "SECONDS", default_value_t = EXPERT_TIMEOUT_S)]
     pub expert_timeout_s: u64,
+}
+
+impl Config {
+    /// The defaults, for a checkpoint at `model`, on any free ports of this machine.
+    pub fn new(model: PathBuf) -> Self {
+        let any = SocketAddr::from(([127, 0, 0, 1], 0));
+        Self {
+            model,
+            grpc: any,
+            http: any,
+            threads: sirocco_process::default_threads(),
+            max_sequences: MAX_SEQUENCES,
+            max_queue: MAX_QUEUE,
+            step_tokens: STEP_TOKENS,
+            kv_bytes: KV_BYTES,
+            expert_timeout_s: EXPERT_TIMEOUT_S,
+        }
+    }
 }
 
 /// Why a router node did not start.

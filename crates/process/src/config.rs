@@ -49,16 +49,29 @@ fn with_file(command: Command, path: &Path) -> Result<Command, clap::Error> {
     };
     let text = std::fs::read_to_string(path).map_err(|error| refuse(error.to_string()))?;
     let table: Table = text.parse().map_err(|error: toml::de::Error| refuse(error.to_string()))?;
-    let mut command = command;
+    with_table(command, table).map_err(refuse)
+}
+
+/// Makes what `table` says the defaults of `command`; a table in it is for the subcommand of its name.
+fn with_table(mut command: Command, table: Table) -> Result<Command, String> {
     for (key, value) in table {
         let flag = key.replace('_', "-");
+        if command.find_subcommand(&flag).is_some() {
+            let Value::Table(table) = value else {
+                return Err(format!("{key:?} is a single value, must be a table of that command's flags"));
+            };
+            let subcommand = command.find_subcommand(&flag).expect("it was just found").clone();
+            let subcommand = with_table(subcommand, table)?;
+            command = command.mut_subcommand(&flag, |_| subcommand);
+            continue;
+        }
         let known: Vec<&str> =
             command.get_arguments().filter_map(clap::Arg::get_long).filter(|name| *name != "config").collect();
         let Some(arg) = command.get_arguments().find(|arg| arg.get_long() == Some(flag.as_str())) else {
-            return Err(refuse(format!("unknown key {key:?}, known are: {}", known.join(", "))));
+            return Err(format!("unknown key {key:?}, known are: {}", known.join(", ")));
         };
         let (id, takes_value) = (arg.get_id().clone(), matches!(arg.get_action(), ArgAction::Set | ArgAction::Append));
-        let values = texts(&value).ok_or_else(|| refuse(format!("{key:?} is a table, must be a single value")))?;
+        let values = texts(&value).ok_or_else(|| format!("{key:?} is a table, must be a single value"))?;
         command = command.mut_arg(id, |arg| {
             let arg = if takes_value { arg } else { arg.action(ArgAction::Set).num_args(0..=1) };
             arg.required(false).default_values(values)

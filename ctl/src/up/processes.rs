@@ -1,0 +1,181 @@
+//! A cluster of processes on etcd: each node a program of its own, started and stopped from here.
+
+use std::path::Path;
+use std::process::{ExitStatus, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use futures::StreamExt as _;
+use futures::stream::FuturesUnordered;
+use rustix::process::{Pid, Signal, kill_process};
+use tokio::io::{AsyncBufReadExt as _, BufReader, Lines};
+use tokio::process::{Child, ChildStdout, Command};
+use tokio_util::sync::CancellationToken;
+
+use super::{Addresses, Args, listener};
+
+/// Running processes, in the order in which they stop.
+pub(super) struct Cluster {
+    nodes: Vec<Node>,
+    addresses: Option<Addresses>,
+    grace: Duration,
+}
+
+/// One process.
+struct Node {
+    id: String,
+    child: Child,
+    stdout: Lines<BufReader<ChildStdout>>,
+}
+
+impl Cluster {
+    /// Starts every process and waits until the routers are ready, or until `shutdown`.
+    pub(super) async fn start(args: &Args, model: &Path, shutdown: &CancellationToken) -> Result<Self> {
+        let mut cluster = Self { nodes: Vec::new(), addresses: None, grace: Duration::from_secs(2 * args.drain_s + 5) };
+        let started = tokio::select! {
+            started = cluster.start_all(args, model) => started,
+            () = shutdown.cancelled() => return Ok(cluster),
+        };
+        match started {
+            Ok(addresses) => cluster.addresses = Some(addresses),
+            Err(error) => {
+                // What stopping reports is a consequence of the error.
+                let _ = cluster.stop().await;
+                return Err(error);
+            }
+        }
+        Ok(cluster)
+    }
+
+    /// Where the cluster answers; none when it was stopped while it started.
+    pub(super) fn addresses(&self) -> Option<Addresses> {
+        self.addresses.clone()
+    }
+
+    async fn start_all(&mut self, args: &Args, model: &Path) -> Result<Addresses> {
+        let any = || "127.0.0.1:0".to_owned();
+        let model = model.to_str().context("the model folder's path is not UTF-8")?;
+        for index in 0..args.routers {
+            let (grpc, http) = if index == 0 {
+                (listener(args, args.grpc, 8001).to_string(), listener(args, args.http, 8000).to_string())
+            } else {
+                (any(), any())
+            };
+            let flags = ["--model", model, "--grpc", &grpc, "--http", &http];
+            self.spawn(args, "router-node", format!("router-{index}"), &flags)?;
+        }
+        for index in 0..args.expert_nodes {
+            let flags = ["--model", model, "--grpc", &any(), "--http", &any(), "--no-progress"];
+            self.spawn(args, "expert-node", format!("expert-{index}"), &flags)?;
+        }
+        let grpc = listener(args, args.coordinator_grpc, 7400).to_string();
+        let http = listener(args, args.coordinator_http, 7401).to_string();
+        self.spawn(args, "coordinator", "coordinator-0".into(), &["--grpc", &grpc, "--http", &http])?;
+
+        let mut grpc = Vec::new();
+        for node in &mut self.nodes {
+            grpc.push(node.listening().await?);
+        }
+        for node in self.nodes.iter_mut().take(args.routers.into()) {
+            node.line("ready").await?;
+        }
+        let coordinator = grpc.pop().context("a coordinator was started")?;
+        Ok(Addresses { coordinator, router: grpc.swap_remove(0) })
+    }
+
+    /// Starts the program beside this one.
+    fn spawn(&mut self, args: &Args, program: &str, id: String, flags: &[&str]) -> Result<()> {
+        let path = std::env::current_exe()?.with_file_name(program);
+        let mut command = Command::new(&path);
+        command.args(["--id", &id, "--cluster", &args.cluster, "--drain-s", &args.drain_s.to_string()]).args(flags);
+        if program != "coordinator" {
+            command.args(["--threads", &args.threads.to_string()]);
+        }
+        // Through the environment, because command lines can be read by everybody.
+        let etcd = &args.etcd;
+        command
+            .env("SIROCCO_ETCD", etcd.etcd.join(","))
+            .env("SIROCCO_ETCD_TIMEOUT_MS", etcd.etcd_timeout_ms.to_string());
+        let optional = [
+            ("SIROCCO_ETCD_USER", etcd.etcd_user.as_ref().map(Into::into)),
+            ("SIROCCO_ETCD_PASSWORD", etcd.etcd_password.as_ref().map(Into::into)),
+            ("SIROCCO_ETCD_CA", etcd.etcd_ca.as_ref().map(|path| path.as_os_str().to_owned())),
+            ("SIROCCO_ETCD_CERT", etcd.etcd_cert.as_ref().map(|path| path.as_os_str().to_owned())),
+            ("SIROCCO_ETCD_KEY", etcd.etcd_key.as_ref().map(|path| path.as_os_str().to_owned())),
+            ("SIROCCO_ETCD_DOMAIN", etcd.etcd_domain.as_ref().map(Into::into)),
+        ];
+        command.envs(optional.into_iter().filter_map(|(name, value)| Some((name, value?))));
+        // A group of its own, so that Ctrl-C reaches it only through us; and it dies with us.
+        let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).process_group(0).kill_on_drop(true).spawn();
+        let mut child = child.with_context(|| format!("cannot start {}", path.display()))?;
+        let stdout = child.stdout.take().context("standard output is piped")?;
+        self.nodes.push(Node { id, child, stdout: BufReader::new(stdout).lines() });
+        Ok(())
+    }
+
+    /// Waits until a process ends that was not asked to.
+    pub(super) async fn any_ended(&mut self) -> Result<()> {
+        let mut ends: FuturesUnordered<_> =
+            self.nodes.iter_mut().map(|node| async { (node.id.clone(), node.child.wait().await) }).collect();
+        match ends.next().await {
+            Some((id, status)) => bail!("{id} ended by itself: {}", status?),
+            None => bail!("there are no nodes"),
+        }
+    }
+
+    /// Asks every process to stop, routers first, and waits for it; one that takes too long is killed.
+    pub(super) async fn stop(mut self) -> Result<()> {
+        let mut result = Ok(());
+        for group in ["router-", "expert-", "coordinator-"] {
+            let mut nodes: Vec<&mut Node> = self.nodes.iter_mut().filter(|node| node.id.starts_with(group)).collect();
+            for node in &mut nodes {
+                node.terminate();
+            }
+            for node in nodes {
+                match tokio::time::timeout(self.grace, node.child.wait()).await {
+                    Ok(Ok(status)) if status.success() => {}
+                    Ok(status) => {
+                        result = Err(anyhow::anyhow!("{} did not stop cleanly: {}", node.id, describe(status)));
+                    }
+                    Err(_) => {
+                        node.child.kill().await?;
+                        result = Err(anyhow::anyhow!("{} did not stop in time and was killed", node.id));
+                    }
+                }
+            }
+        }
+        result
+    }
+}
+
+fn describe(status: std::io::Result<ExitStatus>) -> String {
+    status.map_or_else(|error| error.to_string(), |status| status.to_string())
+}
+
+impl Node {
+    /// Its gRPC address, once it listens.
+    async fn listening(&mut self) -> Result<String> {
+        let line = self.line("listening ").await?;
+        let grpc = line.split(' ').find_map(|field| field.strip_prefix("grpc="));
+        Ok(grpc.with_context(|| format!("{} says {line:?}", self.id))?.to_owned())
+    }
+
+    /// The next line of its output that starts with `start`.
+    async fn line(&mut self, start: &str) -> Result<String> {
+        while let Some(line) = self.stdout.next_line().await? {
+            if line.starts_with(start) {
+                return Ok(line);
+            }
+        }
+        let status = self.child.wait().await;
+        bail!("{} did not start: {}", self.id, describe(status))
+    }
+
+    fn terminate(&mut self) {
+        let pid = self.child.id().and_then(|pid| Pid::from_raw(pid.cast_signed()));
+        if let Some(pid) = pid {
+            // A process that has just ended by itself needs no signal.
+            let _ = kill_process(pid, Signal::TERM);
+        }
+    }
+}
