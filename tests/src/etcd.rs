@@ -27,12 +27,21 @@ pub struct EtcdTls {
     pub ca: PathBuf,
 }
 
+/// How an etcd differs from a plain one.
+#[derive(Clone, Debug, Default)]
+pub struct EtcdSetup {
+    /// Speak TLS, and accept only clients with a certificate of its `ca`.
+    pub tls: Option<EtcdTls>,
+    /// More arguments for the command line.
+    pub args: Vec<String>,
+}
+
 /// A single etcd process.
 #[derive(Debug)]
 pub struct Etcd {
     child: Option<Child>,
     ports: Ports,
-    tls: Option<EtcdTls>,
+    setup: EtcdSetup,
     folder: TempDir,
 }
 
@@ -44,20 +53,16 @@ struct Ports {
 }
 
 impl Etcd {
-    /// Starts etcd and waits until it is healthy.
+    /// Starts a plain etcd and waits until it is healthy.
     pub fn start() -> Result<Self> {
-        Self::start_with(None)
+        Self::start_with(&EtcdSetup::default())
     }
 
-    /// Starts etcd that accepts only clients with a certificate of `tls.ca`.
-    pub fn start_tls(tls: &EtcdTls) -> Result<Self> {
-        Self::start_with(Some(tls))
-    }
-
-    fn start_with(tls: Option<&EtcdTls>) -> Result<Self> {
+    /// Starts etcd as `setup` says and waits until it is healthy.
+    pub fn start_with(setup: &EtcdSetup) -> Result<Self> {
         for _ in 0..START_TRIES {
             let folder = tempfile::tempdir().context("a folder for etcd's data")?;
-            let mut etcd = Self { child: None, ports: Ports::free()?, tls: tls.cloned(), folder };
+            let mut etcd = Self { child: None, ports: Ports::free()?, setup: setup.clone(), folder };
             match etcd.restart() {
                 // Another process took a port between our finding it free and etcd's listening on it.
                 Err(_) if etcd.log().contains("address already in use") => {}
@@ -69,7 +74,7 @@ impl Etcd {
 
     /// Where clients connect.
     pub fn endpoint(&self) -> String {
-        let scheme = if self.tls.is_some() { "https" } else { "http" };
+        let scheme = if self.setup.tls.is_some() { "https" } else { "http" };
         format!("{scheme}://127.0.0.1:{}", self.ports.client)
     }
 
@@ -114,8 +119,9 @@ impl Etcd {
             .args(["--initial-cluster", &format!("test={peer}")])
             .args(["--listen-metrics-urls", &format!("http://127.0.0.1:{health}")])
             // Half the default: it starts sooner and grants leases down to one second.
-            .args(["--heartbeat-interval", "50", "--election-timeout", "500"]);
-        if let Some(tls) = &self.tls {
+            .args(["--heartbeat-interval", "50", "--election-timeout", "500"])
+            .args(&self.setup.args);
+        if let Some(tls) = &self.setup.tls {
             command.arg("--client-cert-auth").arg("--cert-file").arg(&tls.cert);
             command.arg("--key-file").arg(&tls.key).arg("--trusted-ca-file").arg(&tls.ca);
         }
