@@ -1,4 +1,35 @@
-//! What Sirocco's tests start clusters with: real processes on free ports, real clients.
+//! What Sirocco's tests start clusters with: real processes on free ports, a real etcd, nothing left behind.
+//!
+//! Waiting is always for a condition and always bounded; what runs out of time says what was waited for.
 #![forbid(unsafe_code)]
 
+pub mod cluster;
 pub mod etcd;
+pub mod process;
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail};
+
+/// Longest wait for a condition in a test.
+pub const PATIENCE: Duration = Duration::from_mins(1);
+
+/// Waits until `condition` gives something.
+pub fn wait_for<T>(what: &str, mut condition: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+    let start = Instant::now();
+    loop {
+        if let Some(found) = condition()? {
+            return Ok(found);
+        }
+        if start.elapsed() > PATIENCE {
+            bail!("waited {PATIENCE:?} for {what}");
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// A path in the repository.
+pub fn repository(path: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("..").join(path)
+}

@@ -1,0 +1,8 @@
+//! End-to-end tests: real processes, a real etcd, real clients.
+#![forbid(unsafe_code)]
+
+mod commands;
+mod goldens;
+mod lifecycle;
+mod services;
+mod support;
