@@ -33,13 +33,14 @@ impl Registration {
     /// Registers under `claim` with its first value; returns once it is in the store.
     ///
     /// A key left by a killed predecessor is waited for until its lease has ended. Outages are waited out. Errors: `Held`
-    /// when the key stays for longer than `ttl`, so that its process must be alive; `Refused`.
+    /// when the key stays for longer than `ttl`, so that its process must be alive; `Refused`. Dropping the future may leave
+    /// the record behind until `ttl` has passed.
     pub async fn open(store: Arc<dyn Store>, claim: &str, value: &str, ttl: Duration) -> Result<Self> {
         let wanted = watch::Sender::new(BTreeMap::from([(claim.to_owned(), value.to_owned())]));
         let shutdown = CancellationToken::new();
         let mut keeper =
             Keeper { store, claim: claim.to_owned(), ttl, wanted: wanted.subscribe(), shutdown: shutdown.clone() };
-        let tenure = keeper.register().await?;
+        let tenure = keeper.register().await.expect("only the registration being opened can shut it down")?;
         let mut task = JoinSet::new();
         task.spawn(keeper.run(tenure));
         Ok(Self { wanted, shutdown, task })
@@ -82,56 +83,62 @@ struct Tenure {
 impl Keeper {
     async fn run(mut self, first: Tenure) {
         let shutdown = self.shutdown.clone();
-        let mut tenure = Some(first);
+        let mut tenure = first;
         let mut backoff = Backoff::new();
         loop {
-            if let Some(mut held) = tenure.take() {
-                let serving = shutdown.run_until_cancelled(self.serve(&mut held)).await;
-                if serving.is_none() {
-                    self.leave(held).await;
+            let serving = shutdown.run_until_cancelled(self.serve(&mut tenure)).await;
+            self.end(tenure.lease).await;
+            if serving.is_none() {
+                return;
+            }
+            tracing::warn!(key = self.claim, "registration lost; registering again");
+            tenure = loop {
+                match self.register().await {
+                    None => return,
+                    Some(Ok(new)) => break new,
+                    Some(Err(error)) => tracing::error!(key = self.claim, %error, "not registered; trying again"),
+                }
+                if shutdown.run_until_cancelled(backoff.wait()).await.is_none() {
                     return;
                 }
-                tracing::warn!(key = self.claim, "registration lost; registering again");
-                backoff = Backoff::new();
-                // What is left of it would otherwise be waited for.
-                let _ = held.lease.revoke(&self.store).await;
-            }
-            match shutdown.run_until_cancelled(self.register()).await {
-                None => return,
-                Some(Ok(new)) => tenure = Some(new),
-                Some(Err(error)) => {
-                    tracing::error!(key = self.claim, %error, "not registered; trying again");
-                    if shutdown.run_until_cancelled(backoff.wait()).await.is_none() {
-                        return;
-                    }
-                }
-            }
+            };
+            backoff = Backoff::new();
         }
     }
 
-    async fn leave(&self, tenure: Tenure) {
-        if let Err(error) = tenure.lease.revoke(&self.store).await {
-            tracing::warn!(key = self.claim, %error, "leaving without the store: records vanish with their lease");
+    /// Grants a lease and makes the claim with it, waiting out outages and a dead predecessor's lease; none at shutdown.
+    async fn register(&mut self) -> Option<Result<Tenure>> {
+        let shutdown = self.shutdown.clone();
+        let lease = match shutdown.run_until_cancelled(self.grant()).await? {
+            Ok(lease) => lease,
+            Err(error) => return Some(Err(error)),
+        };
+        let failure = match shutdown.run_until_cancelled(self.claim(&lease)).await {
+            Some(Ok(written)) => return Some(Ok(Tenure { lease, written })),
+            Some(Err(error)) => Some(Err(error)),
+            None => None,
+        };
+        // The claim may have been made though its answer did not come in time.
+        self.end(lease).await;
+        failure
+    }
+
+    /// Ends a lease that may have records on it.
+    async fn end(&self, lease: Lease) {
+        if let Err(error) = lease.revoke(&self.store).await {
+            tracing::warn!(key = self.claim, %error, "lease not ended: its records vanish when its time is up");
         }
     }
 
-    /// Grants a lease and makes the claim with it, waiting out outages and a dead predecessor's lease.
-    async fn register(&mut self) -> Result<Tenure> {
+    async fn grant(&self) -> Result<Lease> {
         let mut backoff = Backoff::new();
-        let lease = loop {
+        loop {
             match Lease::grant(&self.store, self.ttl).await {
                 Err(error) if error.is_transient() => {
                     tracing::warn!(key = self.claim, %error, "waiting for the store to register");
                     backoff.wait().await;
                 }
-                granted => break granted?,
-            }
-        };
-        match self.claim(&lease).await {
-            Ok(written) => Ok(Tenure { lease, written }),
-            Err(error) => {
-                let _ = lease.revoke(&self.store).await;
-                Err(error)
+                granted => return granted,
             }
         }
     }

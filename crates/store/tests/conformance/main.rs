@@ -5,6 +5,7 @@ mod elections;
 mod fixture;
 mod keys_and_values;
 mod leases;
+mod meddled;
 mod mirrors;
 mod registrations;
 mod watches;
@@ -55,5 +56,6 @@ on_both_stores! {
         a_restart_after_a_kill_has_the_same_id_and_no_double_entry
         a_second_live_process_with_the_same_id_is_refused
         a_registration_comes_back_after_losing_its_lease
+        closing_while_registering_again_leaves_nothing_behind
         a_deleted_claim_is_put_back;
 }

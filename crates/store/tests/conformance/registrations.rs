@@ -1,10 +1,12 @@
 //! Registrations: presence, restarts, rivals.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use sirocco_store::{Event, Registration, StoreError};
 
 use crate::fixture::{Fixture, Kind, TTL, next, until, within};
+use crate::meddled::Meddled;
 
 async fn register(fixture: &Fixture, value: &str) -> sirocco_store::Result<Registration> {
     let claim = fixture.key("members/a");
@@ -86,6 +88,23 @@ pub(crate) async fn a_registration_comes_back_after_losing_its_lease(kind: Kind)
     assert_eq!(values.collect::<Vec<_>>(), ["{}", "ready"]);
     registration.close().await;
     assert!(fixture.store.list(&fixture.key("")).await.unwrap().entries.is_empty());
+}
+
+pub(crate) async fn closing_while_registering_again_leaves_nothing_behind(kind: Kind) {
+    let fixture = Fixture::shared(kind).await;
+    let key = fixture.key("members/a");
+    let meddled = Arc::new(Meddled::new(&fixture.store));
+    // Long enough that what is left behind would still be there.
+    let opening = Registration::open(Arc::<Meddled>::clone(&meddled), &key, "ready", TTL * 2);
+    let registration = within("registration", opening).await.unwrap();
+    let lease = fixture.store.get(&key).await.unwrap().unwrap().lease.unwrap();
+    let mirror = fixture.mirror().await;
+
+    meddled.creations_get_no_answer.store(true, Ordering::Relaxed);
+    fixture.store.revoke(lease).await.unwrap();
+    until("the new record", &mirror, |s| s.entries.get(&key).is_some_and(|entry| entry.lease != Some(lease))).await;
+    within("closing", registration.close()).await;
+    assert_eq!(fixture.store.get(&key).await.unwrap(), None);
 }
 
 pub(crate) async fn a_deleted_claim_is_put_back(kind: Kind) {
