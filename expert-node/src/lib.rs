@@ -13,4 +13,4 @@ mod node;
 mod progress;
 mod service;
 
-pub use node::{Config, StartError, start};
+pub use node::{Config, StartError, default_capacity, start};

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use sirocco_compute::{Pool, cpu_description};
+use sirocco_compute::{Pool, cpu_description, cuda_devices};
 use sirocco_model::{Checkpoint, CheckpointError};
 use sirocco_process::http::{self, Health};
 use sirocco_process::{BindError, LifeError, NodeArgs, Running, bind};
@@ -88,6 +88,10 @@ pub async fn start(
     let http = bind("--http", config.http).await?;
     let (grpc_at, http_at) = (grpc.local_addr()?, http.local_addr()?);
     let pool = Pool::new(config.threads).map_err(|error| StartError::Threads(error.to_string()))?;
+
+    for gpu in cuda_devices() {
+        tracing::warn!(gpu, "this version computes experts on the CPU; the GPU stays idle");
+    }
 
     let member = Member {
         id: id.clone(),
@@ -181,7 +185,8 @@ impl Life {
     }
 }
 
-fn default_capacity() -> u64 {
+/// Four fifths of the machine's memory, in bytes.
+pub fn default_capacity() -> u64 {
     let info = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let total =
         info.lines().find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok());

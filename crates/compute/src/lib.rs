@@ -6,7 +6,8 @@
 //! come from the crate `libm`, compiled into the program, never from the platform. The scalar code of [`PackedMatrix`] is the
 //! oracle that the vector code is tested against, bit for bit.
 //!
-//! This is the only crate with `unsafe`: vector intrinsics, and threads that write disjoint columns of one output.
+//! This is the only crate with `unsafe`: vector intrinsics, threads that write disjoint columns of one output, and the CUDA
+//! driver. GPUs are found, not used yet: every kernel runs on the CPU.
 
 mod attention;
 mod device;
@@ -17,7 +18,7 @@ mod packed;
 mod pool;
 
 pub use attention::{AttentionShape, BLOCK_TOKENS, KvBlocks, Query, attend, store_kv};
-pub use device::cpu_description;
+pub use device::{cpu_description, cuda_devices};
 pub use ffn::ExpertWeights;
 pub use matmul::matmul;
 pub use norm::{Rotary, rms_norm, softmax};

@@ -69,6 +69,7 @@ impl Cluster {
         }
 
         let group = &mut cluster.experts;
+        let capacity = sirocco_expert_node::default_capacity() / u64::from(args.expert_nodes);
         for index in 0..args.expert_nodes {
             if shutdown.is_cancelled() {
                 break;
@@ -78,7 +79,7 @@ impl Cluster {
                 grpc: any,
                 http: any,
                 threads: args.threads,
-                capacity_bytes: None,
+                capacity_bytes: Some(capacity),
                 zone: None,
                 no_progress: true,
             };

@@ -124,15 +124,23 @@ async fn describe(addresses: &Addresses) -> Result<String> {
     let nodes = list_nodes(&addresses.coordinator).await?;
     let rows: Vec<Vec<String>> = nodes.iter().map(NodeView::row).collect();
     let Addresses { coordinator, router } = addresses;
+    let program = program();
     Ok(format!(
         "{}\n\n\
-         sirocco generate --router {router} \"In the beginning God\" --max-tokens 48 --temperature 0\n\
-         sirocco status --coordinator {coordinator}\n\
-         sirocco placement show --coordinator {coordinator}\n\
+         {program} generate --router {router} \"In the beginning God\" --max-tokens 48 --temperature 0\n\
+         {program} status --coordinator {coordinator}\n\
+         {program} placement show --coordinator {coordinator}\n\
          grpcurl -plaintext -d '{{\"text\": \"In the beginning God\", \"max_tokens\": 16}}' {router} \
          sirocco.inference.v1.InferenceService/Generate",
         table(&NODE_COLUMNS, &rows, false)
     ))
+}
+
+/// How this program can be called from here.
+fn program() -> String {
+    let path = std::env::current_exe().unwrap_or_else(|_| "sirocco".into());
+    let here = std::env::current_dir().unwrap_or_default();
+    path.strip_prefix(&here).unwrap_or(&path).display().to_string()
 }
 
 /// Where a listener goes: as told, at its usual place, or anywhere when the cluster lives for one prompt only.

@@ -64,8 +64,10 @@ impl Cluster {
             let flags = ["--model", model, "--grpc", &grpc, "--http", &http];
             self.spawn(args, "router-node", format!("router-{index}"), &flags)?;
         }
+        let capacity = (sirocco_expert_node::default_capacity() / u64::from(args.expert_nodes)).to_string();
         for index in 0..args.expert_nodes {
-            let flags = ["--model", model, "--grpc", &any(), "--http", &any(), "--no-progress"];
+            let flags =
+                ["--model", model, "--grpc", &any(), "--http", &any(), "--no-progress", "--capacity-bytes", &capacity];
             self.spawn(args, "expert-node", format!("expert-{index}"), &flags)?;
         }
         let grpc = listener(args, args.coordinator_grpc, 7400).to_string();

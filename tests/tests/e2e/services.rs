@@ -81,3 +81,27 @@ async fn every_server_describes_itself_and_its_health() {
         assert!(get(&node.http, "/health").contains(&format!("\"id\":\"{}\"", node.id)));
     }
 }
+
+/// A request whose stop string is raw bytes, as a careless client may send it.
+#[derive(Clone, PartialEq, prost::Message)]
+struct RawRequest {
+    #[prost(string, tag = "2")]
+    text: String,
+    #[prost(bytes = "vec", repeated, tag = "6")]
+    stop: Vec<Vec<u8>>,
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stop_string_that_is_not_utf8_is_refused_by_name() {
+    let etcd = Etcd::start().unwrap();
+    let demo = repository("models/demo");
+    let cluster = Cluster::start(&etcd, "raw", &demo, std::slice::from_ref(&demo)).unwrap();
+    let mut client = tonic::client::Grpc::new(channel::connect(&cluster.router.grpc).await.unwrap());
+    client.ready().await.unwrap();
+    let request = RawRequest { text: "x".into(), stop: vec![vec![0xff, 0xfe]] };
+    let path = "/sirocco.inference.v1.InferenceService/Generate".parse().unwrap();
+    let codec = sirocco_proto::codec::Codec::<RawRequest, sirocco_proto::wire::inference::GenerateResponse>::default();
+    let status = client.server_streaming(tonic::Request::new(request), path, codec).await.unwrap_err();
+    assert_eq!(status.code(), tonic::Code::InvalidArgument);
+    assert!(status.message().contains("stop") && status.message().contains("UTF-8"), "{status}");
+}
