@@ -5,7 +5,7 @@ mod etcd;
 
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::CommandExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::Instant;
 
@@ -50,7 +50,7 @@ fn main() -> ExitCode {
 fn up(args: Vec<String>) -> Result<()> {
     // The build's words go to standard error, so that standard output is the program's alone.
     cargo(&["build", "--release", "--workspace", "--bins", "--exclude", "xtask", "--exclude", "sirocco-testkit"])?;
-    let program = target_directory().join("release/sirocco");
+    let program = target_directory()?.join("release/sirocco");
     let error = Command::new(&program).arg("up").args(args).exec();
     Err(error).with_context(|| format!("cannot run {}", program.display()))
 }
@@ -91,7 +91,11 @@ fn command(args: &[&str]) -> Result<Command> {
         std::fs::set_permissions(&protoc, permissions)?;
     }
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    command.args(args).env("PROTOC", protoc).stdin(Stdio::null());
+    command
+        .args(args)
+        .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
+        .env("PROTOC", protoc)
+        .stdin(Stdio::null());
     Ok(command)
 }
 
@@ -107,7 +111,9 @@ fn run(mut command: Command) -> Result<()> {
     Ok(())
 }
 
-fn target_directory() -> PathBuf {
-    let workspace = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("..");
-    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace.join("target"), PathBuf::from)
+/// Where builds go: this very program is `<target>/debug/xtask`.
+fn target_directory() -> Result<PathBuf> {
+    let program = std::env::current_exe()?;
+    let target = program.parent().and_then(Path::parent).context("xtask is not in a target folder")?;
+    Ok(target.to_owned())
 }
