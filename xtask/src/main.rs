@@ -1,2 +1,91 @@
-//! p
-fn main(){}
+//! `cargo xtask`: builds, runs and tests Sirocco on a machine that has only Rust and apt.
+//!
+//! Hands every build the `protoc` that etcd-client's build script asks for. Never leaves a service running.
+#![forbid(unsafe_code)]
+
+mod etcd;
+mod steps;
+mod up;
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+use anyhow::{Context, Result};
+
+const HELP: &str = "\
+Builds, runs and tests Sirocco.
+
+Usage: cargo xtask <COMMAND>
+
+Commands:
+  up [ARGS...]   Build the release binaries, then become `sirocco up ARGS...` (`cargo xtask up --help` lists them)
+  test           Check everything, as continuous integration does: formatting, lints, binaries, all tests, documentation.
+                 Tests need etcd: SIROCCO_ETCD_BIN, else `etcd` on the path, else Debian's packages, which are installed
+      --no-etcd-install   Fail when etcd is missing instead of installing it
+  help           Print this
+
+Exit status: 0 done, 1 failed, 2 usage; `up` ends with the status of `sirocco up`.
+";
+
+fn main() -> ExitCode {
+    let args: Vec<String> = match std::env::args_os().skip(1).map(std::ffi::OsString::into_string).collect() {
+        Ok(args) => args,
+        Err(bad) => return usage(&format!("argument {} is not UTF-8", bad.display())),
+    };
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let result = match args.as_slice() {
+        ["up", rest @ ..] => up::run(rest),
+        ["test"] => steps::test(etcd::WhenMissing::Install),
+        ["test", "--no-etcd-install"] => steps::test(etcd::WhenMissing::Fail),
+        ["help" | "--help" | "-h"] | ["test", "--help" | "-h"] => {
+            print!("{HELP}");
+            Ok(())
+        }
+        [] => return usage("a command is missing"),
+        ["test", other, ..] => return usage(&format!("`test` has no argument {other:?}")),
+        [other, ..] => return usage(&format!("there is no command {other:?}")),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn usage(problem: &str) -> ExitCode {
+    eprint!("xtask: {problem}\n\n{HELP}");
+    ExitCode::from(2)
+}
+
+/// The workspace's folder.
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask is a folder of the workspace")
+}
+
+/// Where this very build went: `<target>/debug/xtask` is the running program.
+fn target_folder() -> Result<PathBuf> {
+    let program = std::env::current_exe().context("the path of this program")?;
+    let target = program.parent().and_then(Path::parent).context("this program is not in a target folder")?;
+    Ok(target.to_owned())
+}
+
+/// The cargo that runs this, with a `protoc` for build scripts, in the workspace's folder.
+fn cargo(args: &[&str]) -> Result<Command> {
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.args(args).current_dir(root()).env("PROTOC", protoc()?);
+    Ok(cargo)
+}
+
+/// The vendored `protoc`, made executable: some ways of unpacking a crate drop the permission.
+fn protoc() -> Result<PathBuf> {
+    use std::os::unix::fs::PermissionsExt as _;
+    let path = protoc_bin_vendored::protoc_bin_path().context("no protoc is vendored for this machine")?;
+    let mut permissions = path.metadata().with_context(|| format!("{}", path.display()))?.permissions();
+    if permissions.mode() & 0o111 == 0 {
+        permissions.set_mode(permissions.mode() | 0o755);
+        std::fs::set_permissions(&path, permissions).with_context(|| format!("make {} executable", path.display()))?;
+    }
+    Ok(path)
+}
