@@ -86,7 +86,7 @@ impl Etcd {
         }
     }
 
-    /// Stops the process where it is (`kill -STOP`): connections stay open and nothing answers. [`Etcd::restart`] ends it.
+    /// Stops the process where it is (`kill -STOP`): connections stay open and soon nothing answers. [`Etcd::restart`] ends it.
     pub fn hang(&self) -> Result<()> {
         let child = self.child.as_ref().context("etcd is not running")?;
         let status = Command::new("kill").args(["-STOP", &child.id().to_string()]).status()?;

@@ -1,70 +1,108 @@
-//! A real etcd for the tests: the one that is there, or Debian's.
+//! Finds the etcd that tests start, or installs Debian's. Never leaves an etcd service enabled or running.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context, Result, bail};
 
-/// What to do when it can be done in no other way.
-const BY_HAND: &str = "install it with `apt-get install etcd-server etcd-client`, or set SIROCCO_ETCD_BIN to an etcd";
+/// Installs both packages. While they are unpacked, a policy script that was not there before forbids starting services; Debian
+/// would also enable the unit for the next boot, which is undone.
+const INSTALL: &str = "\
+set -eu
+export DEBIAN_FRONTEND=noninteractive
+policy=/usr/sbin/policy-rc.d
+if [ ! -e $policy ]; then
+  trap 'rm -f $policy' EXIT
+  printf '#!/bin/sh\\nexit 101\\n' > $policy
+  chmod 755 $policy
+fi
+apt-get update
+apt-get install -y --no-install-recommends etcd-server etcd-client
+if command -v systemctl > /dev/null; then systemctl disable etcd.service || true; fi
+";
 
-/// Where etcd's programs are.
+/// What a person runs to get the same.
+const BY_HAND: &str = "apt-get update && apt-get install -y --no-install-recommends etcd-server etcd-client";
+
+/// What to do on a machine without etcd.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum WhenMissing {
+    /// Install Debian's packages, as root or through `sudo`.
+    Install,
+    /// Say what to run and fail.
+    Fail,
+}
+
+/// The programs that tests start.
 pub(crate) struct Etcd {
-    pub(crate) server: PathBuf,
-    /// etcdctl.
-    pub(crate) client: PathBuf,
+    server: PathBuf,
+    client: PathBuf,
 }
 
-/// Finds etcd, or installs it when this process may.
-pub(crate) fn find_or_install() -> Result<Etcd> {
-    if let Some(etcd) = find()? {
-        return Ok(etcd);
+impl Etcd {
+    /// Finds server and client, installing them first when need be.
+    pub(crate) fn ensure(when_missing: WhenMissing) -> Result<Self> {
+        if let Some(etcd) = Self::find()? {
+            return Ok(etcd);
+        }
+        if when_missing == WhenMissing::Fail {
+            bail!("etcd or etcdctl is missing; set SIROCCO_ETCD_BIN and SIROCCO_ETCDCTL_BIN or run: {BY_HAND}");
+        }
+        install()?;
+        Self::find()?.context("etcd was installed but is neither on the path nor in /usr/bin")
     }
-    eprintln!("xtask: no etcd here, installing Debian's etcd-server and etcd-client");
-    install()?;
-    find()?.with_context(|| format!("etcd is not there after its installation; {BY_HAND}"))
+
+    /// Tells tests which programs to start.
+    pub(crate) fn export(&self, command: &mut Command) {
+        command.env("SIROCCO_ETCD_BIN", &self.server).env("SIROCCO_ETCDCTL_BIN", &self.client);
+    }
+
+    fn find() -> Result<Option<Self>> {
+        let server = find_program("SIROCCO_ETCD_BIN", "etcd")?;
+        let client = find_program("SIROCCO_ETCDCTL_BIN", "etcdctl")?;
+        Ok(server.zip(client).map(|(server, client)| Self { server, client }))
+    }
 }
 
-fn find() -> Result<Option<Etcd>> {
-    let server = match std::env::var_os("SIROCCO_ETCD_BIN").map(PathBuf::from) {
-        Some(path) if path.is_file() => Some(path),
-        Some(path) => bail!("SIROCCO_ETCD_BIN is {}, where there is no file", path.display()),
-        None => on_path("etcd"),
-    };
-    let Some(server) = server else { return Ok(None) };
-    let beside = server.with_file_name("etcdctl");
-    let client = std::env::var_os("SIROCCO_ETCDCTL_BIN").map(PathBuf::from);
-    let client = client.or_else(|| on_path("etcdctl")).or_else(|| beside.is_file().then_some(beside));
-    Ok(client.map(|client| Etcd { server, client }))
-}
-
-fn on_path(program: &str) -> Option<PathBuf> {
+/// The file `variable` names, which must then exist; else `name` on the path; else in /usr/bin.
+fn find_program(variable: &str, name: &str) -> Result<Option<PathBuf>> {
+    if let Some(path) = std::env::var_os(variable) {
+        let path = std::path::absolute(&path).with_context(|| format!("{variable}={}", path.display()))?;
+        if !path.is_file() {
+            bail!("{variable}={} is not a file", path.display());
+        }
+        return Ok(Some(path));
+    }
     let path = std::env::var_os("PATH").unwrap_or_default();
-    let folders = std::env::split_paths(&path).chain([PathBuf::from("/usr/bin")]);
-    folders.map(|folder| folder.join(program)).find(|path| path.is_file())
+    let folders = std::env::split_paths(&path).chain([Path::new("/usr/bin").to_owned()]);
+    Ok(folders.map(|folder| folder.join(name)).find(|file| file.is_file()))
 }
 
 fn install() -> Result<()> {
-    if on_path("apt-get").is_none() {
-        bail!("no etcd and no apt-get; {BY_HAND}");
+    let mut command = if is_root()? {
+        Command::new("sh")
+    } else if can_sudo() {
+        let mut sudo = Command::new("sudo");
+        sudo.args(["-n", "sh"]);
+        sudo
+    } else {
+        bail!("etcd is missing and installing it needs root; run as root: {BY_HAND}");
+    };
+    let status = command.args(["-c", INSTALL]).status().context("start apt-get")?;
+    if !status.success() {
+        bail!("installing etcd ended with {status}; install it with: {BY_HAND}");
     }
-    apt(&["update"])?;
-    apt(&["install", "-y", "--no-install-recommends", "etcd-server", "etcd-client"])
+    Ok(())
 }
 
-/// Runs apt-get as root. Packages may not start services: the tests start their own.
-fn apt(args: &[&str]) -> Result<()> {
-    let root = Command::new("id").arg("-u").output().is_ok_and(|output| output.stdout == b"0\n");
-    let mut command = Command::new(if root { Path::new("env") } else { Path::new("sudo") });
-    if !root {
-        command.args(["-n", "env"]);
-    }
-    command.args(["DEBIAN_FRONTEND=noninteractive", "RUNLEVEL=1", "apt-get", "-q"]).args(args);
-    // What it says belongs to the steps of this program, not to its results.
-    let status = command.stdin(Stdio::null()).stdout(std::io::stderr()).status();
-    match status {
-        Ok(status) if status.success() => Ok(()),
-        Ok(status) => bail!("`apt-get {}` failed ({status}); {BY_HAND}", args.join(" ")),
-        Err(error) => bail!("`apt-get {}`: {error}; {BY_HAND}", args.join(" ")),
-    }
+fn is_root() -> Result<bool> {
+    let output = Command::new("id").arg("-u").output().context("start id")?;
+    Ok(output.stdout.trim_ascii() == b"0")
+}
+
+/// Whether `sudo` works here without asking for a password.
+fn can_sudo() -> bool {
+    let mut sudo = Command::new("sudo");
+    sudo.args(["-n", "true"]).stdout(Stdio::null()).stderr(Stdio::null());
+    sudo.status().is_ok_and(|status| status.success())
 }

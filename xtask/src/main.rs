@@ -1,41 +1,49 @@
-//! Builds, runs and tests Sirocco: `cargo xtask up | test`. Needs Rust and, for the tests, Debian's apt or an etcd.
+//! `cargo xtask`: builds, runs and tests Sirocco on a machine that has only Rust and apt.
+//!
+//! Hands every build the `protoc` that etcd-client's build script asks for. Never leaves a service running.
 #![forbid(unsafe_code)]
 
 mod etcd;
+mod steps;
+mod up;
 
-use std::os::unix::fs::PermissionsExt as _;
-use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode, Stdio};
-use std::time::Instant;
+use std::process::{Command, ExitCode};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context, Result};
 
-const USAGE: &str = "\
-Usage: cargo xtask COMMAND
+const HELP: &str = "\
+Builds, runs and tests Sirocco.
+
+Usage: cargo xtask <COMMAND>
 
 Commands:
-  up [ARGS]   Build a release and run `sirocco up ARGS`: a whole cluster, by default with the bundled model
-  test        Run every check: format, lints, unit, integration and end-to-end tests with a real etcd, docs
-  help        Print this
+  up [ARGS...]   Build the release binaries, then become `sirocco up ARGS...` (`cargo xtask up --help` lists them)
+  test           Check everything, as continuous integration does: formatting, lints, binaries, all tests, documentation.
+                 Tests need etcd: SIROCCO_ETCD_BIN, else `etcd` on the path, else Debian's packages, which are installed
+      --no-etcd-install   Fail when etcd is missing instead of installing it
+  help           Print this
 
-`up --help` lists the arguments of `sirocco up`. `test` uses the etcd that SIROCCO_ETCD_BIN names or PATH has, else it
-installs Debian's etcd-server.";
+Exit status: 0 done, 1 failed, 2 usage; `up` ends with the status of `sirocco up`.
+";
 
 fn main() -> ExitCode {
-    let mut args = std::env::args().skip(1);
-    let result = match args.next().as_deref() {
-        Some("up") => up(args.collect()),
-        Some("test") => test(),
-        Some("help" | "--help" | "-h") => {
-            println!("{USAGE}");
+    let args: Vec<String> = match std::env::args_os().skip(1).map(std::ffi::OsString::into_string).collect() {
+        Ok(args) => args,
+        Err(bad) => return usage(&format!("argument {} is not UTF-8", bad.display())),
+    };
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let result = match args.as_slice() {
+        ["up", rest @ ..] => up::run(rest),
+        ["test"] => steps::test(etcd::WhenMissing::Install),
+        ["test", "--no-etcd-install"] => steps::test(etcd::WhenMissing::Fail),
+        ["help" | "--help" | "-h"] | ["test", "--help" | "-h"] => {
+            print!("{HELP}");
             Ok(())
         }
-        other => {
-            let problem = other.map_or("no command".to_owned(), |other| format!("unknown command {other:?}"));
-            eprintln!("xtask: {problem}\n\n{USAGE}");
-            return ExitCode::from(2);
-        }
+        [] => return usage("a command is missing"),
+        ["test", other, ..] => return usage(&format!("`test` has no argument {other:?}")),
+        [other, ..] => return usage(&format!("there is no command {other:?}")),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -46,74 +54,38 @@ fn main() -> ExitCode {
     }
 }
 
-/// Builds a release and becomes `sirocco up`.
-fn up(args: Vec<String>) -> Result<()> {
-    // The build's words go to standard error, so that standard output is the program's alone.
-    cargo(&["build", "--release", "--workspace", "--bins", "--exclude", "xtask", "--exclude", "sirocco-testkit"])?;
-    let program = target_directory()?.join("release/sirocco");
-    let error = Command::new(&program).arg("up").args(args).exec();
-    Err(error).with_context(|| format!("cannot run {}", program.display()))
+fn usage(problem: &str) -> ExitCode {
+    eprint!("xtask: {problem}\n\n{HELP}");
+    ExitCode::from(2)
 }
 
-/// Runs every check, one after the other, and stops at the first that fails.
-fn test() -> Result<()> {
-    let started = Instant::now();
-    let etcd = etcd::find_or_install()?;
-    let checks: [(&str, &[&str]); 5] = [
-        ("format", &["fmt", "--all", "--check"]),
-        ("lints", &["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]),
-        ("programs", &["build", "--workspace", "--bins"]),
-        ("tests", &["test", "--workspace"]),
-        ("docs", &["doc", "--workspace", "--no-deps"]),
-    ];
-    for (name, args) in checks {
-        let start = Instant::now();
-        let mut command = command(args)?;
-        command.env("SIROCCO_ETCD_BIN", &etcd.server).env("SIROCCO_ETCDCTL_BIN", &etcd.client);
-        command.env("RUSTDOCFLAGS", "-D warnings");
-        run(command)?;
-        eprintln!("xtask: {name} passed in {:.0} s", start.elapsed().as_secs_f64());
-    }
-    eprintln!("xtask: everything passed in {:.0} s", started.elapsed().as_secs_f64());
-    Ok(())
+/// The workspace's folder.
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask is a folder of the workspace")
 }
 
-fn cargo(args: &[&str]) -> Result<()> {
-    run(command(args)?)
-}
-
-/// Cargo with the protobuf compiler that etcd-client's build script asks for.
-fn command(args: &[&str]) -> Result<Command> {
-    let protoc = protoc_bin_vendored::protoc_bin_path().context("no protoc for this machine")?;
-    let mut permissions = std::fs::metadata(&protoc)?.permissions();
-    if permissions.mode() & 0o111 == 0 {
-        permissions.set_mode(0o755);
-        std::fs::set_permissions(&protoc, permissions)?;
-    }
-    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    command
-        .args(args)
-        .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
-        .env("PROTOC", protoc)
-        .stdin(Stdio::null());
-    Ok(command)
-}
-
-fn run(mut command: Command) -> Result<()> {
-    let words: Vec<String> = std::iter::once(command.get_program())
-        .chain(command.get_args())
-        .map(|word| word.to_string_lossy().into_owned())
-        .collect();
-    let status = command.status().with_context(|| format!("cannot run {}", words[0]))?;
-    if !status.success() {
-        bail!("`cargo {}` failed ({status})", words[1..].join(" "));
-    }
-    Ok(())
-}
-
-/// Where builds go: this very program is `<target>/debug/xtask`.
-fn target_directory() -> Result<PathBuf> {
-    let program = std::env::current_exe()?;
-    let target = program.parent().and_then(Path::parent).context("xtask is not in a target folder")?;
+/// Where this very build went: `<target>/debug/xtask` is the running program.
+fn target_folder() -> Result<PathBuf> {
+    let program = std::env::current_exe().context("the path of this program")?;
+    let target = program.parent().and_then(Path::parent).context("this program is not in a target folder")?;
     Ok(target.to_owned())
+}
+
+/// The cargo that runs this, with a `protoc` for build scripts, in the workspace's folder.
+fn cargo(args: &[&str]) -> Result<Command> {
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.args(args).current_dir(root()).env("PROTOC", protoc()?);
+    Ok(cargo)
+}
+
+/// The vendored `protoc`, made executable: some ways of unpacking a crate drop the permission.
+fn protoc() -> Result<PathBuf> {
+    use std::os::unix::fs::PermissionsExt as _;
+    let path = protoc_bin_vendored::protoc_bin_path().context("no protoc is vendored for this machine")?;
+    let mut permissions = path.metadata().with_context(|| format!("{}", path.display()))?.permissions();
+    if permissions.mode() & 0o111 == 0 {
+        permissions.set_mode(permissions.mode() | 0o755);
+        std::fs::set_permissions(&path, permissions).with_context(|| format!("make {} executable", path.display()))?;
+    }
+    Ok(path)
 }
