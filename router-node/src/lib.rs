@@ -1,7 +1,7 @@
 //! A router node: runs everything of the model that is not an expert, and serves clients.
 //!
-//! A request's way: [`api`] checks and tokenises it, [`engine`] batches and computes step after step as [`scheduler`] decides,
-//! [`dispatch`] has the experts of each layer run on the nodes that [`topology`] names, over the streams of [`connection`].
+//! A request's way: `api` checks and tokenises it, `engine` batches and computes step after step as `scheduler` decides,
+//! `dispatch` has the experts of each layer run on the nodes that `topology` names, over the streams of `connection`.
 //! It never holds an expert's weights and never writes a placement.
 #![forbid(unsafe_code)]
 
