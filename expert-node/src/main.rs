@@ -4,11 +4,10 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use sirocco_process::{NodeArgs, Shutdown, config, exit, live, logs};
+use sirocco_process::NodeArgs;
 use sirocco_store::{EtcdArgs, EtcdStore};
-use tokio_util::sync::CancellationToken;
 
-/// Holds and runs the experts that the placement gives it.
+/// Holds and runs the experts that the placement gives it
 #[derive(Debug, Parser)]
 #[command(name = "expert-node", version)]
 struct Args {
@@ -22,27 +21,9 @@ struct Args {
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    let args: Args = config::parse();
-    logs::init(logs::SERVER);
-    let token = CancellationToken::new();
-    let result = match Shutdown::listen() {
-        Ok(signals) => signals.drive(&token, run(args, token.clone())).await,
-        Err(error) => Err(error.into()),
-    };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("expert-node: {error:#}");
-            ExitCode::from(exit::FAILED)
-        }
-    }
-}
-
-async fn run(args: Args, shutdown: CancellationToken) -> anyhow::Result<()> {
-    let store = tokio::select! {
-        store = EtcdStore::connect(args.etcd.into()) => store?,
-        () = shutdown.cancelled() => return Ok(()),
-    };
-    let node = sirocco_expert_node::start(args.config, args.node, store, shutdown).await?;
-    live(node).await.map_err(anyhow::Error::from_boxed)
+    sirocco_process::main("expert-node", async |args: Args, shutdown| {
+        let store = EtcdStore::connect(args.etcd.into()).await?;
+        Ok(sirocco_expert_node::start(args.config, args.node, store, shutdown).await?)
+    })
+    .await
 }

@@ -11,7 +11,7 @@ mod node;
 mod signals;
 
 pub use net::{BindError, bind};
-pub use node::{LifeError, NodeArgs, Running, live};
+pub use node::{LifeError, NodeArgs, Running, main};
 pub use signals::Shutdown;
 
 /// Exit statuses of every program.

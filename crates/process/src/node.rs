@@ -1,11 +1,14 @@
-//! What the three kinds of node have in common: the flags that say who they are, and a handle to one that runs.
+//! What the three kinds of node have in common: the flags that say who they are, a handle to one that runs, and their `main`.
 
 use std::net::SocketAddr;
+use std::process::ExitCode;
 
 use tokio::task::JoinError;
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::http::Health;
+use crate::{Shutdown, chain, config, exit, logs};
 
 /// Who a node is and how it leaves.
 #[derive(Clone, Debug, clap::Args)]
@@ -58,10 +61,38 @@ impl Running {
     }
 }
 
-/// The whole life of a node's program once it has started: says where it listens and that it is ready, waits for its end.
+/// The whole life of a node's program: settings, logs, `start`, ready, wait for a signal or the node's own end, drain, exit.
 ///
 /// Standard output gets `listening grpc=ADDR http=ADDR`, then `ready`, each on a line of its own.
-pub async fn live(node: Running) -> Result<(), LifeError> {
+pub async fn main<A, F>(program: &str, start: impl FnOnce(A, CancellationToken) -> F) -> ExitCode
+where
+    A: clap::Parser,
+    F: Future<Output = Result<Running, LifeError>>,
+{
+    let args = config::parse::<A>();
+    logs::init(logs::SERVER);
+    let token = CancellationToken::new();
+    let life = async {
+        let node = tokio::select! {
+            node = start(args, token.clone()) => node?,
+            () = token.cancelled() => return Ok(()),
+        };
+        live(node).await
+    };
+    let result = match Shutdown::listen() {
+        Ok(signals) => signals.drive(&token, life).await,
+        Err(error) => Err(error.into()),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{program}: {}", chain(&*error));
+            ExitCode::from(exit::FAILED)
+        }
+    }
+}
+
+async fn live(node: Running) -> Result<(), LifeError> {
     println!("listening grpc={} http={}", node.grpc, node.http);
     let health = node.health.clone();
     let mut ended = std::pin::pin!(node.ended());

@@ -93,7 +93,12 @@ impl Cluster {
         if program != "coordinator" {
             command.args(["--threads", &args.threads.to_string()]);
         }
-        // Through the environment, because command lines can be read by everybody.
+        // What this process was told is not meant for its children, but for the store's settings. Those go through the
+        // environment, because command lines can be read by everybody.
+        let own = std::env::vars_os().map(|(name, _)| name);
+        own.filter(|name| name.as_encoded_bytes().starts_with(b"SIROCCO_")).for_each(|name| {
+            command.env_remove(name);
+        });
         let etcd = &args.etcd;
         command
             .env("SIROCCO_ETCD", etcd.etcd.join(","))
