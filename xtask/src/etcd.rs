@@ -18,7 +18,7 @@ if [ ! -e $policy ]; then
 fi
 apt-get update
 apt-get install -y --no-install-recommends etcd-server etcd-client
-if command -v systemctl > /dev/null; then systemctl disable etcd.service || true; fi
+if command -v systemctl > /dev/null; then systemctl disable --now etcd.service || true; fi
 ";
 
 /// What a person runs to get the same.

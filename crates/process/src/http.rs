@@ -1,7 +1,7 @@
 //! The small HTTP server beside every gRPC one: whether the process lives, whether it can do its work, and why not.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use axum::extract::State;
 use axum::http::StatusCode;
@@ -11,6 +11,9 @@ use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
+
+/// How long answers under way may take once the server is asked to end.
+const GRACE: Duration = Duration::from_secs(2);
 
 /// What the endpoints report. Cheap to clone; starts as not ready.
 #[derive(Clone, Debug)]
@@ -59,14 +62,23 @@ impl Health {
     }
 }
 
-/// Serves `/live`, `/ready` and `/health` on `listener` until `shutdown`.
+/// Serves `/live`, `/ready` and `/health` on `listener` until `shutdown`; answers under way may then take two seconds.
 pub async fn serve(listener: TcpListener, health: Health, shutdown: CancellationToken) -> std::io::Result<()> {
     let app = Router::new()
         .route("/live", get(|| async { "live\n" }))
         .route("/ready", get(ready))
         .route("/health", get(report))
         .with_state(health);
-    axum::serve(listener, app).with_graceful_shutdown(shutdown.cancelled_owned()).await
+    let server = axum::serve(listener, app).with_graceful_shutdown(shutdown.clone().cancelled_owned());
+    // A client that never finishes its request must not hold up the end.
+    let overdue = async {
+        shutdown.cancelled().await;
+        tokio::time::sleep(GRACE).await;
+    };
+    tokio::select! {
+        result = server => result,
+        () = overdue => Ok(()),
+    }
 }
 
 /// The address others reach `listener` at: `advertised` (a host, or host and port), or where it listens.
@@ -96,4 +108,63 @@ async fn report(State(health): State<Health>) -> Json<Value> {
         "ready": obstacle.is_none(),
         "obstacle": obstacle,
     }))
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::net::TcpStream;
+    use tokio::task::JoinSet;
+
+    use super::*;
+
+    /// A server on a free port, its health, and what ends it.
+    async fn start(tasks: &mut JoinSet<std::io::Result<()>>) -> (std::net::SocketAddr, Health, CancellationToken) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let (address, health) = (listener.local_addr().unwrap(), Health::new("coordinator", "c-0"));
+        let shutdown = CancellationToken::new();
+        tasks.spawn(serve(listener, health.clone(), shutdown.clone()));
+        (address, health, shutdown)
+    }
+
+    /// Status line and body of the answer for `path`.
+    async fn get(address: std::net::SocketAddr, path: &str) -> (String, String) {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        stream.write_all(format!("GET {path} HTTP/1.0\r\n\r\n").as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        (head.lines().next().unwrap()["HTTP/1.0 ".len()..].to_owned(), body.to_owned())
+    }
+
+    #[tokio::test]
+    async fn a_process_that_cannot_work_lives_and_says_why() {
+        let mut tasks = JoinSet::new();
+        let (address, health, _) = start(&mut tasks).await;
+        health.not_ready("no placement yet");
+        let report = async |path| serde_json::from_str::<Value>(&get(address, path).await.1).unwrap();
+        assert_eq!(get(address, "/live").await.0, "200 OK");
+        assert_eq!(get(address, "/ready").await, ("503 Service Unavailable".into(), "no placement yet\n".into()));
+        assert_eq!(report("/health").await["obstacle"], "no placement yet");
+        health.ready();
+        assert_eq!(get(address, "/ready").await, ("200 OK".into(), "ready\n".into()));
+        let report = report("/health").await;
+        assert_eq!(
+            (&report["role"], &report["id"], &report["ready"]),
+            (&json!("coordinator"), &json!("c-0"), &json!(true))
+        );
+    }
+
+    #[tokio::test]
+    async fn a_client_that_stalls_does_not_hold_up_the_end() {
+        let mut tasks = JoinSet::new();
+        let (address, _, shutdown) = start(&mut tasks).await;
+        let mut stalled = TcpStream::connect(address).await.unwrap();
+        stalled.write_all(b"GET /live HTTP/1.1\r\nhost: ").await.unwrap();
+        // A whole answer to a later client: the first connection has been accepted by then.
+        get(address, "/live").await;
+        shutdown.cancel();
+        let ended = tokio::time::timeout(2 * GRACE, tasks.join_next()).await;
+        assert!(matches!(ended, Ok(Some(Ok(Ok(()))))), "{ended:?}");
+    }
 }

@@ -11,9 +11,13 @@ pub const SERVER: &str = "warn,sirocco=info,sirocco_coordinator=info,sirocco_exp
 /// What a command that a person waits for logs unless `RUST_LOG` says otherwise.
 pub const COMMAND: &str = "warn";
 
-/// Starts logging with `default` as the filter. Later calls change nothing.
+/// Starts logging with `default` as the filter. Later calls change nothing. A `RUST_LOG` that is no filter is logged and ignored.
 pub fn init(default: &str) {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
+    let wanted = std::env::var(EnvFilter::DEFAULT_ENV).ok().map(EnvFilter::try_new).transpose();
+    let (filter, problem) = match wanted {
+        Ok(wanted) => (wanted.unwrap_or_else(|| EnvFilter::new(default)), None),
+        Err(problem) => (EnvFilter::new(default), Some(problem)),
+    };
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     let result = if std::io::stderr().is_terminal() {
         builder.compact().try_init()
@@ -22,4 +26,7 @@ pub fn init(default: &str) {
     };
     // A second call finds the first one's subscriber in place, which is as good.
     drop(result);
+    if let Some(problem) = problem {
+        tracing::warn!(%problem, "RUST_LOG is ignored; it must be a filter such as info,sirocco_store=debug");
+    }
 }
