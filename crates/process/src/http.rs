@@ -81,13 +81,18 @@ pub async fn serve(listener: TcpListener, health: Health, shutdown: Cancellation
     }
 }
 
-/// The address others reach `listener` at: `advertised` (a host, or host and port), or where it listens.
-pub fn advertised(listener: &TcpListener, advertised: Option<&str>) -> std::io::Result<String> {
+/// The address others reach `listener` at: on the host `advertised` (`HOST` or `HOST:PORT`, an IPv6 address in brackets), or
+/// where it listens. A port in `advertised` is the gRPC port's; other listeners are reached at their own.
+pub fn advertised(listener: &TcpListener, advertised: Option<&str>, grpc: bool) -> std::io::Result<String> {
     let local = listener.local_addr()?;
-    Ok(match advertised {
-        Some(host) if host.contains(':') => host.to_owned(),
-        Some(host) => format!("{host}:{}", local.port()),
-        None => local.to_string(),
+    let Some(advertised) = advertised else { return Ok(local.to_string()) };
+    let (host, port) = match advertised.rsplit_once(':') {
+        Some((host, port)) if port.parse::<u16>().is_ok() => (host, Some(port)),
+        _ => (advertised, None),
+    };
+    Ok(match port.filter(|_| grpc) {
+        Some(port) => format!("{host}:{port}"),
+        None => format!("{host}:{}", local.port()),
     })
 }
 
@@ -153,6 +158,18 @@ mod tests {
             (&report["role"], &report["id"], &report["ready"]),
             (&json!("coordinator"), &json!("c-0"), &json!(true))
         );
+    }
+
+    #[tokio::test]
+    async fn others_are_told_the_advertised_host_with_the_right_port() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let told = |given, grpc| advertised(&listener, given, grpc).unwrap();
+        assert_eq!(told(None, true), format!("127.0.0.1:{port}"));
+        assert_eq!(told(Some("pod-7.svc"), true), format!("pod-7.svc:{port}"));
+        assert_eq!(told(Some("[::1]"), true), format!("[::1]:{port}"));
+        assert_eq!(told(Some("lb:443"), true), "lb:443");
+        assert_eq!(told(Some("lb:443"), false), format!("lb:{port}"));
     }
 
     #[tokio::test]

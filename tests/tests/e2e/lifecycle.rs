@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use crate::support::{generate, goldens, greedy};
+use crate::support::{generate, generate_watched, goldens, greedy};
 use rustix::process::Signal;
 use serde_json::Value;
 use sirocco_testkit::cluster::Cluster;
@@ -59,6 +59,26 @@ async fn a_killed_expert_node_changes_no_byte_vanishes_and_comes_back_as_itself(
         before.iter().map(|(key, _)| key).collect::<Vec<_>>()
     );
     assert_ne!(after[1].1["incarnation"], before[1].1["incarnation"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_expert_node_that_is_stopped_in_the_middle_changes_no_byte() {
+    let golden = &goldens()[4];
+    let etcd = Etcd::start().unwrap();
+    let demo = repository("models/demo");
+    let mut cluster = Cluster::start(&etcd, "stopped", &demo, &vec![demo.clone(); 2]).unwrap();
+    let mut stopped = 0;
+    let request = greedy(&golden.prompt, golden.greedy_ids.len() as u32);
+    let experts = &mut cluster.experts;
+    let traced = generate_watched(&cluster.router.grpc, request, |tokens| {
+        if tokens == 5 {
+            experts[0].process.signal(Signal::TERM).unwrap();
+            stopped = tokens;
+        }
+    });
+    assert_eq!(traced.await.unwrap().ids, golden.greedy_ids);
+    assert_eq!(stopped, 5);
+    assert!(experts[0].process.wait().unwrap().success());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -74,6 +74,15 @@ pub(crate) fn greedy(prompt: &str, max_tokens: u32) -> wire::GenerateRequest {
 
 /// Has a router complete `request` and keeps what it says.
 pub(crate) async fn generate(router: &str, request: wire::GenerateRequest) -> Result<Traced, Status> {
+    generate_watched(router, request, |_| ()).await
+}
+
+/// As [`generate`]; `watch` is told after each token how many there are.
+pub(crate) async fn generate_watched(
+    router: &str,
+    request: wire::GenerateRequest,
+    mut watch: impl FnMut(usize),
+) -> Result<Traced, Status> {
     let channel = channel::connect(router).await.map_err(|error| Status::unavailable(error.to_string()))?;
     let mut client = InferenceServiceClient::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
     let mut events = client.generate(request).await?.into_inner();
@@ -88,6 +97,7 @@ pub(crate) async fn generate(router: &str, request: wire::GenerateRequest) -> Re
                 let bits = |layer: &wire::LayerRouting| layer.weights.iter().map(|w| w.to_bits()).collect();
                 traced.weights.push(token.routing.iter().map(bits).collect());
                 traced.experts.push(token.routing.into_iter().map(|layer| layer.experts).collect());
+                watch(traced.ids.len());
             }
             Some(Event::Finished(finished)) => {
                 traced.text += &finished.text;
