@@ -85,16 +85,17 @@ fn violations(imports: &Imports, workspace: &BTreeSet<String>) -> Vec<String> {
 fn actual() -> (Imports, BTreeSet<String>) {
     let metadata = MetadataCommand::new()
         .manifest_path(repository("Cargo.toml"))
-        .other_options(["--locked".to_owned()])
+        .other_options(["--locked", "--filter-platform", "host-tuple"].map(str::to_owned))
         .exec()
         .unwrap();
     let workspace = metadata.workspace_packages().iter().map(|package| package.name.to_string()).collect();
     let names: BTreeMap<_, _> = metadata.packages.iter().map(|p| (p.id.clone(), p.name.to_string())).collect();
     let mut imports = Imports::new();
     for node in &metadata.resolve.as_ref().unwrap().nodes {
-        let normal =
-            node.deps.iter().filter(|dep| dep.dep_kinds.iter().any(|kind| kind.kind == DependencyKind::Normal));
-        imports.entry(names[&node.id].clone()).or_default().extend(normal.map(|dep| names[&dep.pkg].clone()));
+        let built_in = node.deps.iter().filter(|dep| {
+            dep.dep_kinds.iter().any(|kind| matches!(kind.kind, DependencyKind::Normal | DependencyKind::Build))
+        });
+        imports.entry(names[&node.id].clone()).or_default().extend(built_in.map(|dep| names[&dep.pkg].clone()));
     }
     (imports, workspace)
 }
