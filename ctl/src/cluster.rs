@@ -137,6 +137,12 @@ pub(crate) async fn list_nodes(address: &str) -> Result<Vec<NodeView>> {
     Ok(nodes.into_iter().map(NodeView::from).collect())
 }
 
+/// What the coordinator at `address` says is wrong with its cluster.
+pub(crate) async fn problems(address: &str) -> Result<Vec<String>> {
+    let answer = connect(address).await?.get_cluster(wire::GetClusterRequest {}).await;
+    Ok(answer.map_err(|status| refusal(address, &status))?.into_inner().problems)
+}
+
 /// Lists the experts.
 pub(crate) async fn experts(args: ExpertsArgs) -> Result<()> {
     let ExpertsArgs { layer, query } = args;

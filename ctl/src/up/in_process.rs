@@ -3,39 +3,37 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Result, bail};
+use anyhow::{Result, anyhow, bail};
 use futures::StreamExt as _;
 use futures::stream::FuturesUnordered;
 use sirocco_process::{NodeArgs, Running};
 use sirocco_store::{EmbeddedStore, Store};
 use tokio_util::sync::CancellationToken;
 
-use super::{Addresses, Args, listener};
+use super::{Addresses, Args, Cluster, explain_wait, listener};
 
 /// Running nodes, in the order in which they stop: routers first, so that nothing is cut off under them.
-pub(super) struct Cluster {
+pub(super) struct InProcess {
     routers: Group,
     experts: Group,
     coordinators: Group,
 }
 
 /// Nodes that stop together.
+#[derive(Default)]
 struct Group {
     nodes: Vec<Running>,
     stop: CancellationToken,
 }
 
-impl Group {
-    fn new() -> Self {
-        Self { nodes: Vec::new(), stop: CancellationToken::new() }
+impl InProcess {
+    /// A cluster without nodes.
+    pub(super) fn new() -> Self {
+        Self { routers: Group::default(), experts: Group::default(), coordinators: Group::default() }
     }
-}
 
-impl Cluster {
-    /// Starts every node; they then place and load the experts by themselves.
-    pub(super) async fn start(args: &Args, model: &Path, shutdown: &CancellationToken) -> Result<Self> {
+    async fn start_nodes(&mut self, args: &Args, model: &Path) -> Result<Addresses> {
         let store: Arc<dyn Store> = Arc::new(EmbeddedStore::new());
-        let mut cluster = Self { routers: Group::new(), experts: Group::new(), coordinators: Group::new() };
         let node = |id: String| NodeArgs {
             id,
             cluster: args.cluster.clone(),
@@ -43,9 +41,8 @@ impl Cluster {
             drain_s: args.drain_s,
             config: None,
         };
-        let any = ([127, 0, 0, 1], 0).into();
 
-        let group = &mut cluster.coordinators;
+        let group = &mut self.coordinators;
         let config = sirocco_coordinator::Config {
             grpc: listener(args, args.coordinator_grpc, 7400),
             http: listener(args, args.coordinator_http, 7401),
@@ -56,7 +53,7 @@ impl Cluster {
             .nodes
             .push(sirocco_coordinator::start(config, coordinator, Arc::clone(&store), group.stop.clone()).await?);
 
-        let group = &mut cluster.routers;
+        let group = &mut self.routers;
         for index in 0..args.routers {
             let mut config = sirocco_router_node::Config::new(model.to_owned());
             config.threads = args.threads;
@@ -68,12 +65,10 @@ impl Cluster {
             group.nodes.push(sirocco_router_node::start(config, router, Arc::clone(&store), group.stop.clone()).await?);
         }
 
-        let group = &mut cluster.experts;
+        let group = &mut self.experts;
         let capacity = sirocco_expert_node::default_capacity() / u64::from(args.expert_nodes);
         for index in 0..args.expert_nodes {
-            if shutdown.is_cancelled() {
-                break;
-            }
+            let any = ([127, 0, 0, 1], 0).into();
             let config = sirocco_expert_node::Config {
                 model: model.to_owned(),
                 grpc: any,
@@ -86,18 +81,16 @@ impl Cluster {
             let expert = node(format!("expert-{index}"));
             group.nodes.push(sirocco_expert_node::start(config, expert, Arc::clone(&store), group.stop.clone()).await?);
         }
-        Ok(cluster)
-    }
-
-    pub(super) fn addresses(&self) -> Addresses {
-        Addresses {
+        Ok(Addresses {
             coordinator: self.coordinators.nodes[0].grpc.to_string(),
             router: self.routers.nodes[0].grpc.to_string(),
-        }
+        })
     }
+}
 
-    /// Waits until every router can serve.
-    pub(super) async fn ready(&mut self) -> Result<()> {
+impl Cluster for InProcess {
+    async fn start(&mut self, args: &Args, model: &Path) -> Result<Addresses> {
+        let addresses = self.start_nodes(args, model).await?;
         let healths: Vec<_> = self.routers.nodes.iter().map(|node| node.health.clone()).collect();
         let ready = async {
             for health in healths {
@@ -105,13 +98,14 @@ impl Cluster {
             }
         };
         tokio::select! {
-            () = ready => Ok(()),
-            result = self.any_ended() => result,
+            () = ready => {}
+            result = self.any_ended() => result?,
+            result = explain_wait(&addresses.coordinator) => result?,
         }
+        Ok(addresses)
     }
 
-    /// Waits until a node ends that was not asked to.
-    pub(super) async fn any_ended(&mut self) -> Result<()> {
+    async fn any_ended(&mut self) -> Result<()> {
         let groups = [&mut self.routers, &mut self.experts, &mut self.coordinators];
         let mut lives: FuturesUnordered<_> = groups
             .into_iter()
@@ -126,19 +120,13 @@ impl Cluster {
         }
     }
 
-    /// Stops every node and waits for it.
-    pub(super) async fn stop(self) -> Result<()> {
+    async fn stop(self) -> Result<()> {
         let mut result = Ok(());
         for group in [self.routers, self.experts, self.coordinators] {
             group.stop.cancel();
-            for node in group.nodes {
-                if node.life.is_finished() {
-                    continue;
-                }
+            for node in group.nodes.into_iter().filter(|node| !node.life.is_finished()) {
                 let id = node.id.clone();
-                if let Err(error) = node.ended().await {
-                    result = Err(anyhow::anyhow!("{id}: {error}"));
-                }
+                result = result.and(node.ended().await.map_err(|error| anyhow!("{id}: {error}")));
             }
         }
         result

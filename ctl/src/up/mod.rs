@@ -4,7 +4,8 @@ mod in_process;
 mod processes;
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Result, bail};
 use sirocco_proto::wire::inference::generate_request::Prompt;
@@ -12,9 +13,12 @@ use sirocco_store::EtcdArgs;
 use tokio_util::sync::CancellationToken;
 
 use crate::bundled;
-use crate::cluster::{NODE_COLUMNS, NodeView, list_nodes};
+use crate::cluster::{NODE_COLUMNS, NodeView, list_nodes, problems};
 use crate::generate::{SamplingArgs, complete, show};
 use crate::output::table;
+
+/// How long a cluster may take to be ready before what it waits for is said, and said again when it changes.
+const EXPLAIN_AFTER: Duration = Duration::from_secs(3);
 
 /// Flags of `up`.
 #[derive(Clone, Debug, clap::Args)]
@@ -68,6 +72,18 @@ struct Addresses {
     router: String,
 }
 
+/// A cluster under the care of this process.
+trait Cluster {
+    /// Starts every node and waits until the routers can serve.
+    async fn start(&mut self, args: &Args, model: &Path) -> Result<Addresses>;
+
+    /// Waits until a node ends that was not asked to, which is always an error.
+    async fn any_ended(&mut self) -> Result<()>;
+
+    /// Asks every node that was started to stop, and waits for it.
+    async fn stop(self) -> Result<()>;
+}
+
 /// Starts a cluster, serves until `shutdown` (or until the prompt is completed), and stops it.
 pub(crate) async fn run(mut args: Args, shutdown: CancellationToken) -> Result<()> {
     let model = match args.model.take() {
@@ -75,31 +91,44 @@ pub(crate) async fn run(mut args: Args, shutdown: CancellationToken) -> Result<(
         None => bundled::folder()?,
     };
     if args.processes {
-        let mut cluster = processes::Cluster::start(&args, &model, &shutdown).await?;
-        let result = match cluster.addresses() {
-            Some(addresses) => {
-                tokio::select! {
-                    result = serve(&args, &addresses, &shutdown) => result,
-                    result = cluster.any_ended() => result,
-                }
-            }
-            None => Ok(()),
-        };
-        return cluster.stop().await.and(result);
+        run_on(processes::Processes::new(&args), &args, &model, &shutdown).await
+    } else {
+        run_on(in_process::InProcess::new(), &args, &model, &shutdown).await
     }
-    let mut cluster = in_process::Cluster::start(&args, &model, &shutdown).await?;
-    let addresses = cluster.addresses();
-    let result = tokio::select! {
-        ready = cluster.ready() => match ready {
-            Ok(()) => tokio::select! {
-                result = serve(&args, &addresses, &shutdown) => result,
-                result = cluster.any_ended() => result,
-            },
-            Err(error) => Err(error),
-        },
-        () = shutdown.cancelled() => Ok(()),
+}
+
+async fn run_on(mut cluster: impl Cluster, args: &Args, model: &Path, shutdown: &CancellationToken) -> Result<()> {
+    let started = tokio::select! {
+        started = cluster.start(args, model) => started.map(Some),
+        () = shutdown.cancelled() => Ok(None),
     };
-    cluster.stop().await.and(result)
+    let result = match started {
+        Ok(Some(addresses)) => tokio::select! {
+            result = serve(args, &addresses, shutdown) => result,
+            result = cluster.any_ended() => result,
+        },
+        Ok(None) => Ok(()),
+        Err(error) => Err(error),
+    };
+    // What went wrong first is the cause; what stopping reports may be a consequence of it.
+    let stopped = cluster.stop().await;
+    result.and(stopped)
+}
+
+/// Says what a cluster that is not ready yet waits for, as its coordinator sees it. Never returns.
+async fn explain_wait(coordinator: &str) -> Result<()> {
+    let mut said = Vec::new();
+    loop {
+        tokio::time::sleep(EXPLAIN_AFTER).await;
+        // A coordinator that does not answer yet is one more thing to wait for.
+        let problems = problems(coordinator).await.unwrap_or_default();
+        if problems != said {
+            for problem in &problems {
+                eprintln!("waiting: {problem}");
+            }
+            said = problems;
+        }
+    }
 }
 
 /// What is done with a cluster that can serve.

@@ -4,20 +4,19 @@ use std::path::Path;
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, anyhow, bail};
 use futures::StreamExt as _;
 use futures::stream::FuturesUnordered;
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::io::{AsyncBufReadExt as _, BufReader, Lines};
 use tokio::process::{Child, ChildStdout, Command};
-use tokio_util::sync::CancellationToken;
 
-use super::{Addresses, Args, listener};
+use super::{Addresses, Args, Cluster, explain_wait, listener};
 
-/// Running processes, in the order in which they stop.
-pub(super) struct Cluster {
+/// Running processes, in the order in which they were started.
+pub(super) struct Processes {
     nodes: Vec<Node>,
-    addresses: Option<Addresses>,
+    /// Longest wait for one to stop.
     grace: Duration,
 }
 
@@ -28,61 +27,32 @@ struct Node {
     stdout: Lines<BufReader<ChildStdout>>,
 }
 
-impl Cluster {
-    /// Starts every process and waits until the routers are ready, or until `shutdown`.
-    pub(super) async fn start(args: &Args, model: &Path, shutdown: &CancellationToken) -> Result<Self> {
-        let mut cluster = Self { nodes: Vec::new(), addresses: None, grace: Duration::from_secs(2 * args.drain_s + 5) };
-        let started = tokio::select! {
-            started = cluster.start_all(args, model) => started,
-            () = shutdown.cancelled() => return Ok(cluster),
-        };
-        match started {
-            Ok(addresses) => cluster.addresses = Some(addresses),
-            Err(error) => {
-                // What stopping reports is a consequence of the error.
-                let _ = cluster.stop().await;
-                return Err(error);
-            }
-        }
-        Ok(cluster)
+impl Processes {
+    /// A cluster without processes.
+    pub(super) fn new(args: &Args) -> Self {
+        Self { nodes: Vec::new(), grace: Duration::from_secs(2 * args.drain_s + 5) }
     }
 
-    /// Where the cluster answers; none when it was stopped while it started.
-    pub(super) fn addresses(&self) -> Option<Addresses> {
-        self.addresses.clone()
-    }
-
-    async fn start_all(&mut self, args: &Args, model: &Path) -> Result<Addresses> {
-        let any = || "127.0.0.1:0".to_owned();
+    /// Starts the programs: the coordinator, the routers, the expert nodes.
+    fn spawn_all(&mut self, args: &Args, model: &Path) -> Result<()> {
+        const ANY: &str = "127.0.0.1:0";
         let model = model.to_str().context("the model folder's path is not UTF-8")?;
+        let grpc = listener(args, args.coordinator_grpc, 7400).to_string();
+        let http = listener(args, args.coordinator_http, 7401).to_string();
+        self.spawn(args, "coordinator", "coordinator-0".into(), &["--grpc", &grpc, "--http", &http])?;
         for index in 0..args.routers {
-            let (grpc, http) = if index == 0 {
-                (listener(args, args.grpc, 8001).to_string(), listener(args, args.http, 8000).to_string())
-            } else {
-                (any(), any())
-            };
+            let grpc = if index == 0 { listener(args, args.grpc, 8001).to_string() } else { ANY.to_owned() };
+            let http = if index == 0 { listener(args, args.http, 8000).to_string() } else { ANY.to_owned() };
             let flags = ["--model", model, "--grpc", &grpc, "--http", &http];
             self.spawn(args, "router-node", format!("router-{index}"), &flags)?;
         }
         let capacity = (sirocco_expert_node::default_capacity() / u64::from(args.expert_nodes)).to_string();
         for index in 0..args.expert_nodes {
             let flags =
-                ["--model", model, "--grpc", &any(), "--http", &any(), "--no-progress", "--capacity-bytes", &capacity];
+                ["--model", model, "--grpc", ANY, "--http", ANY, "--no-progress", "--capacity-bytes", &capacity];
             self.spawn(args, "expert-node", format!("expert-{index}"), &flags)?;
         }
-        let grpc = listener(args, args.coordinator_grpc, 7400).to_string();
-        let http = listener(args, args.coordinator_http, 7401).to_string();
-        self.spawn(args, "coordinator", "coordinator-0".into(), &["--grpc", &grpc, "--http", &http])?;
-
-        let mut grpc = Vec::new();
-        for node in &mut self.nodes {
-            grpc.push(node.listening().await?);
-        }
-        for node in self.nodes.iter_mut().take(args.routers.into()) {
-            node.line("ready").await?;
-        }
-        let coordinator = grpc.pop().context("a coordinator was started")?;
-        Ok(Addresses { coordinator, router: grpc.swap_remove(0) })
+        Ok(())
     }
 
     /// Starts the program beside this one.
@@ -119,9 +89,32 @@ impl Cluster {
         self.nodes.push(Node { id, child, stdout: BufReader::new(stdout).lines() });
         Ok(())
     }
+}
 
-    /// Waits until a process ends that was not asked to.
-    pub(super) async fn any_ended(&mut self) -> Result<()> {
+impl Cluster for Processes {
+    async fn start(&mut self, args: &Args, model: &Path) -> Result<Addresses> {
+        self.spawn_all(args, model)?;
+        let (coordinator, others) = self.nodes.split_first_mut().context("a coordinator was started")?;
+        let coordinator = coordinator.listening().await?;
+        let routers = usize::from(args.routers);
+        let ready = async {
+            let mut grpc = Vec::new();
+            for node in &mut *others {
+                grpc.push(node.listening().await?);
+            }
+            for router in &mut others[..routers] {
+                router.line("ready").await?;
+            }
+            anyhow::Ok(grpc.swap_remove(0))
+        };
+        let router = tokio::select! {
+            router = ready => router?,
+            result = explain_wait(&coordinator) => return result.and(Err(anyhow!("it was not ready"))),
+        };
+        Ok(Addresses { coordinator, router })
+    }
+
+    async fn any_ended(&mut self) -> Result<()> {
         let mut ends: FuturesUnordered<_> =
             self.nodes.iter_mut().map(|node| async { (node.id.clone(), node.child.wait().await) }).collect();
         match ends.next().await {
@@ -130,8 +123,8 @@ impl Cluster {
         }
     }
 
-    /// Asks every process to stop, routers first, and waits for it; one that takes too long is killed.
-    pub(super) async fn stop(mut self) -> Result<()> {
+    /// Routers first, so that nothing is cut off under them; a process that takes too long is killed.
+    async fn stop(mut self) -> Result<()> {
         let mut result = Ok(());
         for group in ["router-", "expert-", "coordinator-"] {
             let mut nodes: Vec<&mut Node> = self.nodes.iter_mut().filter(|node| node.id.starts_with(group)).collect();
@@ -139,16 +132,15 @@ impl Cluster {
                 node.terminate();
             }
             for node in nodes {
-                match tokio::time::timeout(self.grace, node.child.wait()).await {
-                    Ok(Ok(status)) if status.success() => {}
-                    Ok(status) => {
-                        result = Err(anyhow::anyhow!("{} did not stop cleanly: {}", node.id, describe(status)));
-                    }
+                let stopped = match tokio::time::timeout(self.grace, node.child.wait()).await {
+                    Ok(Ok(status)) if status.success() => Ok(()),
+                    Ok(status) => Err(anyhow!("{} did not stop cleanly: {}", node.id, describe(status))),
                     Err(_) => {
                         node.child.kill().await?;
-                        result = Err(anyhow::anyhow!("{} did not stop in time and was killed", node.id));
+                        Err(anyhow!("{} did not stop in time and was killed", node.id))
                     }
-                }
+                };
+                result = result.and(stopped);
             }
         }
         result
