@@ -4,6 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::support::{Golden, Local, Traced, generate, goldens, greedy};
+use futures::future::join_all;
 use serde_json::Value;
 use sirocco_proto::channel;
 use sirocco_proto::cluster::ClusterServiceClient;
@@ -82,6 +83,27 @@ async fn every_cluster_says_what_one_process_and_transformers_say() {
     for (name, nodes) in [("three", 3), ("one", 1)] {
         let cluster = Cluster::start(&etcd, name, &demo, &vec![demo.clone(); nodes]).unwrap();
         check_goldens(&cluster.router.grpc, &goldens, &local).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn requests_at_the_same_time_change_no_byte_of_each_other() {
+    let goldens = goldens();
+    let etcd = Etcd::start().unwrap();
+    let demo = repository("models/demo");
+    let cluster = Cluster::start(&etcd, "busy", &demo, &vec![demo.clone(); 2]).unwrap();
+    let router = cluster.router.grpc.as_str();
+    // Beside them, clients that leave in the middle and one whose request is refused.
+    let leaving = goldens.iter().map(|golden| async {
+        let completion = generate(router, greedy(&golden.prompt, 2000));
+        assert!(tokio::time::timeout(std::time::Duration::from_millis(200), completion).await.is_err());
+    });
+    let refused = async { generate(router, greedy("", 4)).await.err().map(|status| status.code()) };
+    let together = goldens.iter().map(|golden| generate(router, greedy(&golden.prompt, 48)));
+    let (together, _, refused) = tokio::join!(join_all(together), join_all(leaving), refused);
+    assert_eq!(refused, Some(tonic::Code::InvalidArgument));
+    for (golden, traced) in goldens.iter().zip(together) {
+        assert_eq!(traced.unwrap().ids, golden.greedy_ids, "{}", golden.prompt);
     }
 }
 
