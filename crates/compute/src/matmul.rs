@@ -162,7 +162,7 @@ mod tests {
 
         #[test]
         fn every_kernel_and_thread_count_gives_the_oracles_bits(
-            seed in any::<u64>(), rows in 1usize..40, outputs in 1usize..70, inputs in 1usize..130,
+            seed in any::<u64>(), rows in 1usize..=40, outputs in 1usize..70, inputs in 1usize..130,
         ) {
             let x = noise(seed, rows * inputs);
             let weights: Vec<bf16> = noise(!seed, outputs * inputs).into_iter().map(bf16::from_f32).collect();

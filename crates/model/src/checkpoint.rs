@@ -277,7 +277,7 @@ impl Shard {
         file.read_exact_at(&mut header, 8).map_err(unreadable)?;
         let metadata: Metadata =
             serde_json::from_slice(&header).map_err(|error| bad(format!("its header does not parse: {error}")))?;
-        let expected = 8 + header_len + metadata.data_len() as u64;
+        let expected = (8 + header_len).saturating_add(metadata.data_len() as u64);
         if len < expected {
             return Err(bad(format!("it is {len} bytes long, its header describes {expected}: the file is truncated")));
         }
@@ -285,18 +285,13 @@ impl Shard {
     }
 }
 
-/// Every tensor a model of this shape has, with its shape.
-fn expected_tensors(spec: &ModelSpec) -> Vec<(String, Vec<usize>)> {
-    let (hidden, inter) = (spec.hidden_size, spec.intermediate_size);
+/// Every tensor a model of this shape has, with its shape. One at a time: a configuration may claim more than memory holds.
+fn expected_tensors(spec: &ModelSpec) -> impl Iterator<Item = (String, Vec<usize>)> {
+    let (hidden, inter, experts) = (spec.hidden_size, spec.intermediate_size, spec.num_local_experts);
     let (q, kv) = (spec.num_attention_heads * spec.head_dim, spec.num_key_value_heads * spec.head_dim);
-    let mut tensors = vec![
-        ("model.embed_tokens.weight".to_owned(), vec![spec.vocab_size, hidden]),
-        ("model.norm.weight".to_owned(), vec![hidden]),
-    ];
-    if !spec.tie_word_embeddings {
-        tensors.push(("lm_head.weight".to_owned(), vec![spec.vocab_size, hidden]));
-    }
-    for layer in spec.layers() {
+    let lm_head = (!spec.tie_word_embeddings).then_some(("lm_head.weight", vec![spec.vocab_size, hidden]));
+    let outer = [("model.embed_tokens.weight", vec![spec.vocab_size, hidden]), ("model.norm.weight", vec![hidden])];
+    let layers = spec.layers().flat_map(move |layer| {
         let shapes = [
             ("input_layernorm", vec![hidden]),
             ("post_attention_layernorm", vec![hidden]),
@@ -304,13 +299,13 @@ fn expected_tensors(spec: &ModelSpec) -> Vec<(String, Vec<usize>)> {
             ("self_attn.k_proj", vec![kv, hidden]),
             ("self_attn.v_proj", vec![kv, hidden]),
             ("self_attn.o_proj", vec![hidden, q]),
-            ("block_sparse_moe.gate", vec![spec.num_local_experts, hidden]),
+            ("block_sparse_moe.gate", vec![experts, hidden]),
         ];
-        tensors.extend(shapes.map(|(name, shape)| (layer_tensor(layer, name), shape)));
-    }
-    for key in spec.experts() {
+        shapes.map(|(name, shape)| (layer_tensor(layer, name), shape))
+    });
+    let experts = spec.experts().flat_map(move |key| {
         let shapes = [("w1", vec![inter, hidden]), ("w2", vec![hidden, inter]), ("w3", vec![inter, hidden])];
-        tensors.extend(shapes.map(|(weight, shape)| (expert_tensor(key, weight), shape)));
-    }
-    tensors
+        shapes.map(|(weight, shape)| (expert_tensor(key, weight), shape))
+    });
+    outer.into_iter().chain(lm_head).map(|(name, shape)| (name.to_owned(), shape)).chain(layers).chain(experts)
 }

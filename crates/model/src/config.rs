@@ -10,6 +10,9 @@ use crate::CheckpointError;
 /// The families this reads.
 const SUPPORTED: [&str; 1] = ["mixtral"];
 
+/// What transformers takes for a Mixtral that does not say.
+const DEFAULT_ROPE_THETA: f32 = 1e6;
+
 /// Reads and checks the model's shape.
 pub(crate) fn read_spec(folder: &Path) -> Result<ModelSpec, CheckpointError> {
     let config = Config { file: "config.json", value: read_json(folder, "config.json")? };
@@ -33,7 +36,7 @@ pub(crate) fn read_spec(folder: &Path) -> Result<ModelSpec, CheckpointError> {
         num_experts_per_tok: config.size("num_experts_per_tok")?,
         num_attention_heads,
         num_key_value_heads: config.optional_size("num_key_value_heads")?.unwrap_or(num_attention_heads),
-        head_dim: config.optional_size("head_dim")?.unwrap_or(hidden_size / num_attention_heads),
+        head_dim: config.head_dim(hidden_size, num_attention_heads)?,
         vocab_size: config.size("vocab_size")?,
         max_position_embeddings: config.size("max_position_embeddings")?,
         sliding_window: config.optional_size("sliding_window")?,
@@ -85,6 +88,18 @@ impl Config {
         }
     }
 
+    /// The width of a head, an even share of the hidden state unless said otherwise.
+    fn head_dim(&self, hidden_size: usize, num_attention_heads: usize) -> Result<usize, CheckpointError> {
+        match self.optional_size("head_dim")? {
+            Some(head_dim) => Ok(head_dim),
+            None if hidden_size.is_multiple_of(num_attention_heads) => Ok(hidden_size / num_attention_heads),
+            None => {
+                let problem = format!("{num_attention_heads}, must divide hidden_size, {hidden_size}");
+                Err(self.bad("num_attention_heads", problem))
+            }
+        }
+    }
+
     fn number(&self, key: &str, value: &Value) -> Result<f32, CheckpointError> {
         match value.as_f64() {
             Some(number) if number > 0.0 && number.is_finite() => Ok(number as f32),
@@ -103,7 +118,7 @@ impl Config {
             }
         }
         let value = [&parameters["rope_theta"], &self.value["rope_theta"]].into_iter().find(|value| !value.is_null());
-        value.map_or(Ok(10_000.0), |value| self.number("rope_theta", value))
+        value.map_or(Ok(DEFAULT_ROPE_THETA), |value| self.number("rope_theta", value))
     }
 
     /// One token id, several, or none.

@@ -45,7 +45,10 @@ impl Tokenizer {
         if !path.is_file() {
             return Err(TokenizerError::Load(format!("there is no such file in {}", folder.display())));
         }
-        let inner = tokenizers::Tokenizer::from_file(path).map_err(|error| TokenizerError::Load(error.to_string()))?;
+        let load = |error: tokenizers::Error| TokenizerError::Load(error.to_string());
+        let mut inner = tokenizers::Tokenizer::from_file(path).map_err(load)?;
+        // Some files keep the lengths their tokenizer was trained with; transformers ignores them too.
+        inner.with_truncation(None).map_err(load)?.with_padding(None);
         if let Some(id) = inner.get_vocab(true).into_values().max().filter(|id| *id as usize >= spec.vocab_size) {
             return Err(TokenizerError::Vocabulary { id, vocab_size: spec.vocab_size });
         }

@@ -76,10 +76,11 @@ fn a_folder_that_is_none_is_refused() {
 
 #[test]
 fn a_bad_configuration_names_the_key() {
-    let cases: [(&str, Value, &str); 9] = [
+    let cases: [(&str, Value, &str); 10] = [
         ("model_type", "llama".into(), "mixtral"),
         ("model_type", Value::Null, "absent"),
         ("hidden_size", 0.into(), "from 1"),
+        ("num_attention_heads", 6.into(), "hidden_size, 64"),
         ("hidden_size", (-4).into(), "-4"),
         ("num_experts_per_tok", 9.into(), "num_local_experts"),
         ("num_key_value_heads", 3.into(), "num_attention_heads"),
@@ -96,6 +97,47 @@ fn a_bad_configuration_names_the_key() {
 }
 
 #[test]
+fn a_size_far_beyond_the_weights_names_the_first_tensor_it_asks_too_much_of() {
+    let cases = [
+        ("num_hidden_layers", "model.layers.2."),
+        ("num_local_experts", "model.layers.0.block_sparse_moe.gate.weight"),
+        ("vocab_size", "model.embed_tokens.weight"),
+        ("head_dim", "model.layers.0.self_attn.q_proj.weight"),
+    ];
+    for (key, tensor) in cases {
+        assert_names(&with_config(|config| config[key] = 2_000_000_000.into()), &[tensor]);
+    }
+}
+
+#[test]
+fn configurations_of_older_and_newer_transformers_mean_the_same() {
+    let spec = |change: &dyn Fn(&mut Value), generation: Option<Value>| {
+        let dir = copy();
+        let path = dir.path().join("config.json");
+        let mut config: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        change(&mut config);
+        std::fs::write(&path, config.to_string()).unwrap();
+        if let Some(generation) = generation {
+            std::fs::write(dir.path().join("generation_config.json"), generation.to_string()).unwrap();
+        }
+        Checkpoint::open(dir.path()).unwrap().spec().clone()
+    };
+    let plain = spec(&|_| (), None);
+    assert_eq!((plain.rope_theta, plain.eos_token_ids.as_slice()), (1e6, [2].as_slice()));
+    let newer = |config: &mut Value| {
+        config.as_object_mut().unwrap().remove("rope_theta");
+        config["rope_parameters"] = serde_json::json!({"rope_type": "default", "rope_theta": 5e5});
+        config["eos_token_id"] = serde_json::json!([2, 7]);
+    };
+    let newer = spec(&newer, None);
+    assert_eq!((newer.rope_theta, newer.eos_token_ids.as_slice()), (5e5, [2, 7].as_slice()));
+    let unsaid = spec(&|config| drop(config.as_object_mut().unwrap().remove("rope_theta")), None);
+    assert_eq!(unsaid, plain, "transformers' own default for Mixtral");
+    let generation = serde_json::json!({"eos_token_id": [9, 2]});
+    assert_eq!(spec(&|_| (), Some(generation)).eos_token_ids, [9, 2]);
+}
+
+#[test]
 fn broken_weights_name_the_file() {
     let dir = copy();
     std::fs::remove_file(dir.path().join(WEIGHTS)).unwrap();
@@ -108,6 +150,29 @@ fn broken_weights_name_the_file() {
         (&[&[16, 0, 0, 0, 0, 0, 0, 0][..], &[b'x'; 32]].concat(), "does not parse"),
     ];
     for (bytes, problem) in cases {
+        std::fs::write(dir.path().join(WEIGHTS), bytes).unwrap();
+        assert_names(&refusal(dir.path()), &[WEIGHTS, problem]);
+    }
+}
+
+#[test]
+fn a_header_that_contradicts_itself_is_refused() {
+    let tensor = |shape: u64, start: u64, end: u64| serde_json::json!({"dtype": "U8", "shape": [shape], "data_offsets": [start, end]});
+    // Sixteen tensors that end at the last address there is.
+    let vast = (0..16_u64).map(|i| {
+        let (start, size) = (i << 60, (1 << 60) - u64::from(i == 15));
+        (format!("t{i}"), tensor(size, start, start + size))
+    });
+    let cases = [
+        (serde_json::json!({"a": tensor(4, 0, 4), "b": tensor(4, 2, 6)}), "does not parse"),
+        (serde_json::json!({"a": tensor(4, 4, 0)}), "does not parse"),
+        (serde_json::json!({"a": tensor(5, 0, 4)}), "does not parse"),
+        (vast.collect::<serde_json::Map<_, _>>().into(), "truncated"),
+    ];
+    let dir = copy();
+    for (header, problem) in cases {
+        let header = header.to_string();
+        let bytes = [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &[0; 64]].concat();
         std::fs::write(dir.path().join(WEIGHTS), bytes).unwrap();
         assert_names(&refusal(dir.path()), &[WEIGHTS, problem]);
     }

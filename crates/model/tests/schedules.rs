@@ -1,0 +1,149 @@
+//! A sequence's bits depend on its own tokens alone: any way of cutting sequences into chunks, batching them and spreading the
+//! work over threads gives what each gives alone in one piece.
+
+use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
+
+use futures::executor::block_on;
+use proptest::prelude::*;
+use safetensors::{SafeTensors, serialize_to_file};
+use serde_json::Value;
+use sirocco_compute::Pool;
+use sirocco_model::{BlockTable, Checkpoint, KvCache, LocalExperts, Model, SequenceChunk};
+
+const WEIGHTS: &str = "model.safetensors";
+
+struct Setup {
+    checkpoint: Checkpoint,
+    model: Model,
+    experts: LocalExperts,
+}
+
+/// For each sequence, the bits of its last logits, and each layer's experts and weights' bits of all its tokens.
+type Results = Vec<(Vec<u32>, Vec<Vec<(u32, u32)>>)>;
+
+fn tiny() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/data/families/mixtral")
+}
+
+fn open(folder: &Path, threads: usize) -> Setup {
+    let checkpoint = Checkpoint::open(folder).unwrap();
+    let pool = Pool::new(threads).unwrap();
+    let model = Model::load(&checkpoint, pool.clone()).unwrap();
+    let experts = LocalExperts::load(&checkpoint, pool).unwrap();
+    Setup { checkpoint, model, experts }
+}
+
+/// The tiny model with another configuration and, when tied, without its output projection.
+fn altered(change: impl FnOnce(&mut Value), tied: bool) -> Setup {
+    let dir = tempfile::tempdir().unwrap();
+    let mut config: Value = serde_json::from_slice(&std::fs::read(tiny().join("config.json")).unwrap()).unwrap();
+    change(&mut config);
+    std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+    let bytes = std::fs::read(tiny().join(WEIGHTS)).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let kept = tensors.tensors().into_iter().filter(|(name, _)| !(tied && name == "lm_head.weight"));
+    serialize_to_file(kept, None, &dir.path().join(WEIGHTS)).unwrap();
+    open(dir.path(), 1)
+}
+
+/// The tiny model whose tokens see only the last 12.
+static WINDOWED: LazyLock<Setup> = LazyLock::new(|| altered(|config| config["sliding_window"] = 12.into(), false));
+static ONE_THREAD: LazyLock<Setup> = LazyLock::new(|| open(&tiny(), 1));
+static THREADS: LazyLock<Setup> = LazyLock::new(|| open(&tiny(), 3));
+
+/// Computes `sequences` in steps; in step `i`, sequence `s` goes on by `steps[i][s]` tokens, and after the last step by the rest.
+fn run(setup: &Setup, sequences: &[Vec<u32>], steps: &[Vec<usize>]) -> Results {
+    let mut kv = KvCache::new(setup.checkpoint.spec(), 64);
+    let tables: Vec<BlockTable> = sequences.iter().map(|tokens| kv.allocate(tokens.len()).unwrap()).collect();
+    let layers = setup.checkpoint.spec().num_hidden_layers;
+    let mut done = vec![0; sequences.len()];
+    let mut results: Results = vec![(Vec::new(), vec![Vec::new(); layers]); sequences.len()];
+    let rest = vec![usize::MAX; sequences.len()];
+    for step in steps.iter().chain([&rest]) {
+        let mut chunks = Vec::new();
+        let mut owners = Vec::new();
+        for (s, tokens) in sequences.iter().enumerate() {
+            let end = done[s] + step[s].min(tokens.len() - done[s]);
+            if end > done[s] {
+                let (start, tokens) = (done[s], &tokens[done[s]..end]);
+                // Logits in the middle of a prompt are wanted too, by every other sequence.
+                let wants_logits = end == sequences[s].len() || s % 2 == 0;
+                chunks.push(SequenceChunk { blocks: &tables[s], start, tokens, wants_logits });
+                owners.push(s);
+                done[s] = end;
+            }
+        }
+        if chunks.is_empty() {
+            continue;
+        }
+        let output = block_on(setup.model.forward(&chunks, &mut kv, &setup.experts)).unwrap();
+        let mut logits = output.logits.iter();
+        let mut token = 0;
+        for (chunk, owner) in chunks.iter().zip(owners) {
+            let (last, routing) = &mut results[owner];
+            if chunk.wants_logits {
+                *last = logits.next().unwrap().iter().map(|x| x.to_bits()).collect();
+            }
+            for (routing, layer) in routing.iter_mut().zip(&output.routing) {
+                for t in token..token + chunk.tokens.len() {
+                    let (experts, weights) = layer.of(t);
+                    routing.extend(experts.iter().zip(weights).map(|(expert, weight)| (expert.0, weight.to_bits())));
+                }
+            }
+            token += chunk.tokens.len();
+        }
+        assert!(logits.next().is_none());
+    }
+    results
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    #[test]
+    fn any_schedule_gives_what_each_sequence_gives_alone(
+        sequences in proptest::collection::vec(proptest::collection::vec(0_u32..256, 1..70), 1..5),
+        steps in proptest::collection::vec(proptest::collection::vec(0_usize..24, 4), 0..12),
+    ) {
+        for (alone, together) in [(&ONE_THREAD, &THREADS), (&WINDOWED, &WINDOWED)] {
+            let expected: Results =
+                sequences.iter().flat_map(|tokens| run(alone, std::slice::from_ref(tokens), &[])).collect();
+            prop_assert_eq!(run(together, &sequences, &steps), expected);
+        }
+    }
+}
+
+#[test]
+fn a_sliding_window_is_felt_by_the_first_token_beyond_it_and_by_none_before() {
+    let tokens: Vec<u32> = (0..40).map(|i| (i * 37 + 11) % 256).collect();
+    for len in 1..=40 {
+        let prompt = [tokens[..len].to_vec()];
+        let same = run(&WINDOWED, &prompt, &[]) == run(&ONE_THREAD, &prompt, &[]);
+        assert_eq!(same, len <= 12, "{len} tokens");
+    }
+}
+
+#[test]
+fn tied_embeddings_serve_as_the_output_projection() {
+    let setup = altered(|config| config["tie_word_embeddings"] = true.into(), true);
+    let prompt = [vec![5, 80, 200, 3]];
+    let (tied, own) = (run(&setup, &prompt, &[]), run(&ONE_THREAD, &prompt, &[]));
+    assert_eq!(tied[0].1, own[0].1, "the layers are the same");
+    assert_eq!(tied[0].0.len(), 256);
+    assert_ne!(tied[0].0, own[0].0, "the output projection is another");
+}
+
+#[test]
+fn a_full_cache_refuses_and_takes_again_what_comes_back() {
+    let spec = ONE_THREAD.checkpoint.spec();
+    let mut kv = KvCache::new(spec, 4);
+    let (first, second) = (kv.allocate(17).unwrap(), kv.allocate(KvCache::BLOCK_TOKENS).unwrap());
+    let refusal = kv.allocate(17).unwrap_err().to_string();
+    assert_eq!(refusal, "2 blocks of KV cache are needed, 1 are free");
+    kv.release(second);
+    let third = kv.allocate(17).unwrap();
+    kv.release(first);
+    kv.release(third);
+    assert!(kv.allocate(4 * KvCache::BLOCK_TOKENS).is_ok());
+}
