@@ -26,7 +26,7 @@ pub(crate) struct Query {
 #[derive(Debug, clap::Args)]
 pub(crate) struct ExpertsArgs {
     /// Only this layer
-    #[arg(long)]
+    #[arg(long, env = "SIROCCO_LAYER", value_name = "N")]
     layer: Option<u32>,
     #[command(flatten)]
     query: Query,
@@ -38,7 +38,7 @@ pub(crate) enum PlacementCommand {
     /// Show which node each expert is on
     Show {
         /// Show the placement that is being loaded, not the one that serves
-        #[arg(long)]
+        #[arg(long, env = "SIROCCO_TARGET")]
         target: bool,
         #[command(flatten)]
         query: Query,

@@ -20,7 +20,7 @@ pub(crate) struct Args {
     /// What to complete; read from standard input when neither this nor --prompt-ids is given
     prompt: Option<String>,
     /// Token ids to complete, with commas between
-    #[arg(long, value_delimiter = ',', conflicts_with = "prompt", value_name = "IDS")]
+    #[arg(long, env = "SIROCCO_PROMPT_IDS", value_delimiter = ',', conflicts_with = "prompt", value_name = "IDS")]
     prompt_ids: Vec<u32>,
     /// The router node's gRPC address
     #[arg(long, env = "SIROCCO_ROUTER", value_name = "ADDR", default_value = "127.0.0.1:8001")]
@@ -60,7 +60,7 @@ pub(crate) struct SamplingArgs {
     #[arg(long, env = "SIROCCO_SEED", value_name = "N")]
     seed: Option<u64>,
     /// End before this text; may be given several times
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, env = "SIROCCO_STOP", value_name = "TEXT")]
     stop: Vec<String>,
     /// Do not end at the model's end-of-sequence token
     #[arg(long, env = "SIROCCO_IGNORE_EOS")]

@@ -111,3 +111,40 @@ async fn ask(command: Command) -> anyhow::Result<()> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::Args as _;
+
+    use super::*;
+
+    /// The flags of `command` and of its subcommands that no environment variable of ours sets.
+    fn without_variable(command: &clap::Command) -> Vec<String> {
+        let flags = command
+            .get_arguments()
+            .filter(|arg| arg.get_long().is_some_and(|long| !["help", "version"].contains(&long)));
+        let ours = |arg: &clap::Arg| arg.get_env().is_some_and(|name| name.as_encoded_bytes().starts_with(b"SIROCCO_"));
+        let mut found: Vec<String> =
+            flags.filter(|arg| !ours(arg)).map(|arg| format!("{} --{}", command.get_name(), arg.get_id())).collect();
+        found.extend(command.get_subcommands().flat_map(without_variable));
+        found
+    }
+
+    #[test]
+    fn every_flag_has_an_environment_variable() {
+        assert_eq!(without_variable(&Cli::command()), Vec::<String>::new());
+        let node = |name| sirocco_process::NodeArgs::augment_args(clap::Command::new(name));
+        for command in [
+            sirocco_coordinator::Config::augment_args(node("coordinator")),
+            sirocco_expert_node::Config::augment_args(node("expert-node")),
+            sirocco_router_node::Config::augment_args(node("router-node")),
+        ] {
+            assert_eq!(without_variable(&command), Vec::<String>::new());
+        }
+    }
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        Cli::command().debug_assert();
+    }
+}

@@ -211,3 +211,71 @@ fn describe(layer: LayerId, missing: &[Missing], timeout: Duration) -> String {
     };
     format!("{key} did not answer within {} s{others}: {why}", timeout.as_secs())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HIDDEN: usize = 2;
+
+    fn part(expert: u32, slots: &[usize]) -> Missing {
+        Missing { expert: ExpertId(expert), slots: slots.to_vec(), attempts: 1, refusal: None }
+    }
+
+    fn outputs(experts: &[(u32, Result<(), Refusal>)], rows: Vec<f32>) -> ExpertOutputs {
+        let experts = experts.iter().map(|(expert, result)| (ExpertId(*expert), result.clone())).collect();
+        ExpertOutputs { experts, rows: Rows::new(rows, HIDDEN) }
+    }
+
+    #[test]
+    fn rows_go_to_their_slots_and_what_was_refused_stays_missing() {
+        let not_held = Refusal::new(RefusalReason::NotHeld, "not here");
+        let parts = vec![part(3, &[4, 1]), part(5, &[0]), part(6, &[2])];
+        let answer =
+            outputs(&[(3, Ok(())), (5, Err(not_held.clone())), (6, Ok(()))], vec![1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
+        let mut rows = vec![0.0; 5 * HIDDEN];
+        let missing = place(parts, Ok(answer), &mut rows, HIDDEN).unwrap();
+        assert_eq!(rows, [0.0, 0.0, 3.0, 4.0, 5.0, 6.0, 0.0, 0.0, 1.0, 2.0]);
+        let left: Vec<_> = missing.iter().map(|part| (part.expert, part.slots.clone(), part.refusal.clone())).collect();
+        assert_eq!(left, [(ExpertId(5), vec![0], Some(not_held))]);
+    }
+
+    #[test]
+    fn an_answer_that_does_not_fit_is_an_error_and_not_a_wrong_sum() {
+        let cases = [
+            outputs(&[(3, Ok(()))], vec![1.0; 2 * HIDDEN]),
+            outputs(&[(4, Ok(()))], vec![1.0; HIDDEN]),
+            outputs(&[], vec![]),
+            ExpertOutputs { experts: vec![(ExpertId(3), Ok(()))], rows: Rows::new(vec![1.0; 3], 3) },
+        ];
+        for answer in cases {
+            let result = place(vec![part(3, &[0])], Ok(answer), &mut [0.0; HIDDEN], HIDDEN);
+            assert!(matches!(result, Err(ExpertsError::Internal(_))));
+        }
+    }
+
+    #[test]
+    fn only_refusals_that_may_pass_are_tried_again() {
+        use RefusalReason::*;
+        for (reason, again) in [
+            (NotHeld, true),
+            (Corrupt, true),
+            (Unavailable, true),
+            (DeadlineExceeded, true),
+            (Internal, true),
+            (Invalid, false),
+            (WrongModel, false),
+        ] {
+            let result = place(vec![part(3, &[0])], Err(Refusal::new(reason, "why")), &mut [0.0; HIDDEN], HIDDEN);
+            assert_eq!(result.is_ok_and(|missing| missing.len() == 1), again, "{reason:?}");
+        }
+    }
+
+    #[test]
+    fn an_expert_that_nobody_serves_is_named() {
+        let (shares, missing) = share(LayerId(2), vec![part(7, &[0])], &Topology::default());
+        assert!(shares.is_empty());
+        let text = describe(LayerId(2), &missing, Duration::from_secs(60));
+        assert_eq!(text, "expert 7 of layer 2 did not answer within 60 s: no expert node serves it");
+    }
+}

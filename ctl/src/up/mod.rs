@@ -33,7 +33,7 @@ pub(crate) struct Args {
     #[arg(long, env = "SIROCCO_ROUTERS", value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
     pub(crate) routers: u16,
     /// Complete this prompt, print the completion, and stop
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, env = "SIROCCO_PROMPT", value_name = "TEXT")]
     pub(crate) prompt: Option<String>,
     #[command(flatten)]
     pub(crate) sampling: SamplingArgs,
