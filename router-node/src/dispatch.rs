@@ -275,7 +275,7 @@ mod tests {
     fn an_expert_that_nobody_serves_is_named() {
         let (shares, missing) = share(LayerId(2), vec![part(7, &[0])], &Topology::default());
         assert!(shares.is_empty());
-        let text = describe(LayerId(2), &missing, Duration::from_secs(60));
+        let text = describe(LayerId(2), &missing, Duration::from_mins(1));
         assert_eq!(text, "expert 7 of layer 2 did not answer within 60 s: no expert node serves it");
     }
 }

@@ -34,7 +34,14 @@ impl Process {
     pub fn start(program: &str, args: &[&str], envs: &[(&str, &str)]) -> Result<Self> {
         let output = tempfile::tempdir()?;
         let file = |name: &str| File::create(output.path().join(name));
-        let child = Command::new(self::program(program)?)
+        let mut command = Command::new(self::program(program)?);
+        // Settings of whoever runs the tests are not the tests'.
+        for (name, _) in std::env::vars_os() {
+            if name.as_encoded_bytes().starts_with(b"SIROCCO_") || name == "RUST_LOG" {
+                command.env_remove(name);
+            }
+        }
+        let child = command
             .args(args)
             .envs(envs.iter().copied())
             .stdin(Stdio::null())
