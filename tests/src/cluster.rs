@@ -52,13 +52,11 @@ impl Cluster {
         let node = |program: &str, id: &str, model: Option<&Path>| Node::start(program, id, name, &etcd, model, envs);
         let experts = models.iter().enumerate();
         let experts = experts.map(|(index, model)| node("expert-node", &format!("expert-{index}"), Some(model)));
-        let mut cluster = Self {
-            coordinator: node("coordinator", "coordinator-0", None)?,
-            router: node("router-node", "router-0", Some(router_model))?,
-            experts: experts.collect::<Result<_>>()?,
-            name: name.to_owned(),
-            etcd: etcd.clone(),
-        };
+        // The coordinator comes last, so that its first placement is for all the nodes.
+        let experts = experts.collect::<Result<_>>()?;
+        let router = node("router-node", "router-0", Some(router_model))?;
+        let coordinator = node("coordinator", "coordinator-0", None)?;
+        let mut cluster = Self { coordinator, router, experts, name: name.to_owned(), etcd: etcd.clone() };
         cluster.router.process.wait_for_line("ready")?;
         Ok(cluster)
     }
