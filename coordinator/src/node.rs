@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use sirocco_process::http::{self, Health};
-use sirocco_process::{BindError, LifeError, NodeArgs, Running, bind};
+use sirocco_process::{BindError, LifeError, NodeArgs, Running, advertised, bind};
 use sirocco_proto::cluster::ClusterServiceServer;
 use sirocco_proto::server::Services;
 use sirocco_store::{ClusterState, Keys, LEASE_TTL, Mirror, Registration, Store, StoreError, to_json};
@@ -60,12 +60,13 @@ pub async fn start(
     let grpc = bind("--grpc", config.grpc).await?;
     let http = bind("--http", config.http).await?;
     let (grpc_at, http_at) = (grpc.local_addr()?, http.local_addr()?);
+    let reached_at = advertised(grpc_at, http_at, args.advertise.as_deref())?;
     let member = Member {
         id: id.clone(),
         role: Role::Coordinator,
         state: MemberState::Ready,
-        grpc: http::advertised(&grpc, args.advertise.as_deref(), true)?,
-        http: http::advertised(&http, args.advertise.as_deref(), false)?,
+        grpc: reached_at.0,
+        http: reached_at.1,
         version: env!("CARGO_PKG_VERSION").to_owned(),
         incarnation: sirocco_process::incarnation(),
         zone: None,

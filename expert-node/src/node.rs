@@ -9,7 +9,7 @@ use arc_swap::ArcSwap;
 use sirocco_compute::{Pool, cpu_description, cuda_devices};
 use sirocco_model::{Checkpoint, CheckpointError};
 use sirocco_process::http::{self, Health};
-use sirocco_process::{BindError, LifeError, NodeArgs, Running, bind};
+use sirocco_process::{BindError, LifeError, NodeArgs, Running, advertised, bind};
 use sirocco_proto::channel::MAX_MESSAGE_BYTES;
 use sirocco_proto::expert::ExpertServiceServer;
 use sirocco_proto::server::Services;
@@ -87,6 +87,7 @@ pub async fn start(
     let grpc = bind("--grpc", config.grpc).await?;
     let http = bind("--http", config.http).await?;
     let (grpc_at, http_at) = (grpc.local_addr()?, http.local_addr()?);
+    let reached_at = advertised(grpc_at, http_at, args.advertise.as_deref())?;
     let pool = Pool::new(config.threads).map_err(|error| StartError::Threads(error.to_string()))?;
 
     for gpu in cuda_devices() {
@@ -97,8 +98,8 @@ pub async fn start(
         id: id.clone(),
         role: Role::Expert,
         state: MemberState::Ready,
-        grpc: http::advertised(&grpc, args.advertise.as_deref(), true)?,
-        http: http::advertised(&http, args.advertise.as_deref(), false)?,
+        grpc: reached_at.0,
+        http: reached_at.1,
         version: env!("CARGO_PKG_VERSION").to_owned(),
         incarnation: sirocco_process::incarnation(),
         zone: config.zone.clone(),

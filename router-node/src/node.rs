@@ -8,7 +8,7 @@ use std::time::Duration;
 use sirocco_compute::{Pool, cpu_description};
 use sirocco_model::{Checkpoint, CheckpointError, KvCache, Model, Tokenizer, TokenizerError};
 use sirocco_process::http::{self, Health};
-use sirocco_process::{BindError, LifeError, NodeArgs, Running, bind};
+use sirocco_process::{BindError, LifeError, NodeArgs, Running, advertised, bind};
 use sirocco_proto::channel::MAX_MESSAGE_BYTES;
 use sirocco_proto::inference::InferenceServiceServer;
 use sirocco_proto::server::Services;
@@ -126,6 +126,7 @@ pub async fn start(
     let grpc = bind("--grpc", config.grpc).await?;
     let http = bind("--http", config.http).await?;
     let (grpc_at, http_at) = (grpc.local_addr()?, http.local_addr()?);
+    let reached_at = advertised(grpc_at, http_at, args.advertise.as_deref())?;
     let (folder, threads) = (config.model.clone(), config.threads);
     let loaded = tokio::task::spawn_blocking(move || Loaded::read(&folder, threads)).await;
     let Loaded { identity, tokenizer, model } = loaded.map_err(std::io::Error::other)??;
@@ -140,8 +141,8 @@ pub async fn start(
         id,
         role: Role::Router,
         state: MemberState::Starting,
-        grpc: http::advertised(&grpc, args.advertise.as_deref(), true)?,
-        http: http::advertised(&http, args.advertise.as_deref(), false)?,
+        grpc: reached_at.0,
+        http: reached_at.1,
         version: env!("CARGO_PKG_VERSION").to_owned(),
         incarnation: sirocco_process::incarnation(),
         zone: None,

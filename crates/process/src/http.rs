@@ -81,21 +81,6 @@ pub async fn serve(listener: TcpListener, health: Health, shutdown: Cancellation
     }
 }
 
-/// The address others reach `listener` at: on the host `advertised` (`HOST` or `HOST:PORT`, an IPv6 address in brackets), or
-/// where it listens. A port in `advertised` is the gRPC port's; other listeners are reached at their own.
-pub fn advertised(listener: &TcpListener, advertised: Option<&str>, grpc: bool) -> std::io::Result<String> {
-    let local = listener.local_addr()?;
-    let Some(advertised) = advertised else { return Ok(local.to_string()) };
-    let (host, port) = match advertised.rsplit_once(':') {
-        Some((host, port)) if port.parse::<u16>().is_ok() => (host, Some(port)),
-        _ => (advertised, None),
-    };
-    Ok(match port.filter(|_| grpc) {
-        Some(port) => format!("{host}:{port}"),
-        None => format!("{host}:{}", local.port()),
-    })
-}
-
 async fn ready(State(health): State<Health>) -> (StatusCode, String) {
     match &*health.obstacle.borrow() {
         None => (StatusCode::OK, "ready\n".to_owned()),
@@ -158,18 +143,6 @@ mod tests {
             (&report["role"], &report["id"], &report["ready"]),
             (&json!("coordinator"), &json!("c-0"), &json!(true))
         );
-    }
-
-    #[tokio::test]
-    async fn others_are_told_the_advertised_host_with_the_right_port() {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let port = listener.local_addr().unwrap().port();
-        let told = |given, grpc| advertised(&listener, given, grpc).unwrap();
-        assert_eq!(told(None, true), format!("127.0.0.1:{port}"));
-        assert_eq!(told(Some("pod-7.svc"), true), format!("pod-7.svc:{port}"));
-        assert_eq!(told(Some("[::1]"), true), format!("[::1]:{port}"));
-        assert_eq!(told(Some("lb:443"), true), "lb:443");
-        assert_eq!(told(Some("lb:443"), false), format!("lb:{port}"));
     }
 
     #[tokio::test]

@@ -10,7 +10,7 @@ mod net;
 mod node;
 mod signals;
 
-pub use net::{BindError, bind};
+pub use net::{BindError, advertised, bind};
 pub use node::{LifeError, NodeArgs, Running, main};
 pub use signals::Shutdown;
 

@@ -29,6 +29,25 @@ pub async fn bind(flag: &str, address: SocketAddr) -> Result<TcpListener, BindEr
     })
 }
 
+/// The addresses at which other nodes reach a node's two listeners: on the host `advertised` (`HOST` or `HOST:PORT`, an IPv6
+/// address in brackets, the port being that of gRPC), or where they listen.
+///
+/// Errors when gRPC listens on every address and nothing is advertised: other nodes could not know which one to use.
+pub fn advertised(grpc: SocketAddr, http: SocketAddr, advertised: Option<&str>) -> Result<(String, String), BindError> {
+    let Some(advertised) = advertised else {
+        if grpc.ip().is_unspecified() {
+            let problem = "it is no address others can use; say with --advertise at which host they reach this node";
+            return Err(BindError { flag: "--grpc".into(), address: grpc, problem: problem.into() });
+        }
+        return Ok((grpc.to_string(), http.to_string()));
+    };
+    let (host, port) = match advertised.rsplit_once(':') {
+        Some((host, port)) if port.parse::<u16>().is_ok() => (host, port.to_owned()),
+        _ => (advertised, grpc.port().to_string()),
+    };
+    Ok((format!("{host}:{port}"), format!("{host}:{}", http.port())))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -39,5 +58,17 @@ mod tests {
         let address = first.local_addr().unwrap();
         let error = bind("--grpc", address).await.unwrap_err().to_string();
         assert!(error.starts_with(&format!("--grpc {address}: the port is in use")), "{error}");
+    }
+    #[test]
+    fn others_are_told_the_advertised_host_with_the_right_ports() {
+        let told = |grpc: &str, given| {
+            advertised(grpc.parse().unwrap(), "0.0.0.0:7501".parse().unwrap(), given).map_err(|error| error.to_string())
+        };
+        let both = |grpc: &str, http: &str| Ok((grpc.to_owned(), http.to_owned()));
+        assert_eq!(told("127.0.0.1:7500", None), both("127.0.0.1:7500", "0.0.0.0:7501"));
+        assert_eq!(told("0.0.0.0:7500", Some("pod-7.svc")), both("pod-7.svc:7500", "pod-7.svc:7501"));
+        assert_eq!(told("0.0.0.0:7500", Some("[::1]")), both("[::1]:7500", "[::1]:7501"));
+        assert_eq!(told("0.0.0.0:7500", Some("lb:443")), both("lb:443", "lb:7501"));
+        assert!(told("0.0.0.0:7500", None).unwrap_err().contains("--advertise"));
     }
 }
