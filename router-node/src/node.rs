@@ -171,7 +171,7 @@ pub async fn start(
     let (engine, engine_thread) = Engine::start(parts, tokio::runtime::Handle::current())?;
     let api = Api::new(Arc::clone(&identity), tokenizer, engine);
     let presence = Presence { member, member_key, registration, health: health.clone() };
-    let presence = tokio::spawn(presence.keep(states, topology, shutdown.clone()));
+    let presence = AbortOnDropHandle::new(tokio::spawn(presence.keep(states, topology, shutdown.clone())));
     let grace = Duration::from_secs(args.drain_s);
     let life = Life { presence, mirror, tasks, connections, engine_thread, shutdown, grace };
     let life = tokio::spawn(life.run(api, (grpc, http), health.clone()));
@@ -250,7 +250,7 @@ impl Presence {
 
 /// What a running node consists of.
 struct Life {
-    presence: tokio::task::JoinHandle<Registration>,
+    presence: AbortOnDropHandle<Registration>,
     mirror: Mirror,
     tasks: TaskTracker,
     connections: TaskTracker,
