@@ -67,6 +67,36 @@ impl ClusterService for Api {
         Ok(Response::new(placement.map(Into::into).unwrap_or_default()))
     }
 
+    async fn list_placements(
+        &self,
+        _: Request<wire::ListPlacementsRequest>,
+    ) -> Result<Response<wire::ListPlacementsResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn get_load(&self, _: Request<wire::GetLoadRequest>) -> Result<Response<wire::Load>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn plan(&self, _: Request<wire::PlanRequest>) -> Result<Response<wire::Plan>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn operate(&self, _: Request<wire::OperateRequest>) -> Result<Response<wire::OperateResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn get_operation(&self, _: Request<wire::GetOperationRequest>) -> Result<Response<wire::Operation>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn list_operations(
+        &self,
+        _: Request<wire::ListOperationsRequest>,
+    ) -> Result<Response<wire::ListOperationsResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
     async fn watch(&self, _: Request<wire::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
         let (name, stale_since) = (self.cluster.clone(), self.stale_since.clone());
         let responses = WatchStream::new(self.states.clone()).map(move |state| {
@@ -100,6 +130,7 @@ fn cluster(name: &str, state: &ClusterState, stale_since: Option<Instant>) -> wi
         target_epoch: epoch(state.target()),
         serving_epoch: epoch(state.serving()),
         serving: state.serving().is_some(),
+        imbalance: 0.0,
         problems,
     }
 }
@@ -140,6 +171,8 @@ fn experts(state: &ClusterState) -> impl Iterator<Item = wire::Expert> {
             serving: placed(state.serving()),
             target: placed(state.target()),
             held: names(&held),
+            tokens_per_s: 0.0,
+            min_replicas: state.min_replicas().of(key),
         }
     })
 }

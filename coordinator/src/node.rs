@@ -72,6 +72,8 @@ pub async fn start(
         zone: None,
         device: None,
         capacity_bytes: None,
+        speed: None,
+        max_experts_per_layer: None,
         serving_epoch: None,
         model: None,
     };

@@ -161,7 +161,7 @@ pub(crate) async fn experts(args: ExpertsArgs) -> Result<()> {
 pub(crate) async fn placement(command: PlacementCommand) -> Result<()> {
     let PlacementCommand::Show { target, query } = command;
     let kind = if target { wire::PlacementKind::Target } else { wire::PlacementKind::Serving };
-    let request = wire::GetPlacementRequest { kind: kind.into() };
+    let request = wire::GetPlacementRequest { kind: kind.into(), epoch: 0 };
     let answer = connect(&query.coordinator).await?.get_placement(request).await;
     let placement = PlacementView::from(answer.map_err(|status| refusal(&query.coordinator, &status))?.into_inner());
     print_one(query.output, &placement, || placement.text())
@@ -278,7 +278,7 @@ impl From<wire::Node> for NodeView {
 
 impl From<wire::Expert> for ExpertView {
     fn from(expert: wire::Expert) -> Self {
-        let wire::Expert { layer, expert, serving, target, held } = expert;
+        let wire::Expert { layer, expert, serving, target, held, .. } = expert;
         Self { layer, expert, serving, target, held }
     }
 }

@@ -41,6 +41,12 @@ pub struct Config {
     /// Most bytes of expert weights to hold [default: four fifths of the machine's memory]
     #[arg(long, env = "SIROCCO_CAPACITY_BYTES", value_name = "BYTES")]
     pub capacity_bytes: Option<u64>,
+    /// How fast this node runs experts, in percent of an ordinary node: a node twice as fast gets twice the load
+    #[arg(long, env = "SIROCCO_SPEED", value_name = "PERCENT", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub speed: u32,
+    /// Most experts of one layer to hold [default: any number]
+    #[arg(long, env = "SIROCCO_MAX_EXPERTS_PER_LAYER", value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_experts_per_layer: Option<u32>,
     /// Failure domain; replicas of one expert go to different ones
     #[arg(long, env = "SIROCCO_ZONE", value_name = "NAME")]
     pub zone: Option<String>,
@@ -105,6 +111,8 @@ pub async fn start(
         zone: config.zone.clone(),
         device: Some(Device { kind: "cpu".into(), name: cpu_description(config.threads) }),
         capacity_bytes: Some(config.capacity_bytes.unwrap_or_else(default_capacity)),
+        speed: Some(config.speed),
+        max_experts_per_layer: config.max_experts_per_layer,
         serving_epoch: None,
         model: Some(checkpoint.identity().clone()),
     };

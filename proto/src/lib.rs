@@ -3,6 +3,7 @@
 //! - [`expert`]: router nodes to expert nodes, `sirocco.expert.v1`.
 //! - [`inference`]: clients to router nodes, `sirocco.inference.v1`.
 //! - [`cluster`]: operators to coordinators, `sirocco.cluster.v1`.
+//! - [`load`]: nodes to the leading coordinator, of the same package.
 //! - [`channel`] and [`server`]: how every connection is made and every service is offered.
 //!
 //! Messages are checked here; what leaves this crate is valid. It never decides anything about placement or serving.
@@ -16,6 +17,7 @@ pub mod cluster;
 pub mod codec;
 pub mod expert;
 pub mod inference;
+pub mod load;
 pub mod server;
 mod status;
 mod tensor;

@@ -148,6 +148,8 @@ pub async fn start(
         zone: None,
         device: Some(Device { kind: "cpu".into(), name: cpu_description(config.threads) }),
         capacity_bytes: None,
+        speed: None,
+        max_experts_per_layer: None,
         serving_epoch: None,
         model: Some(ModelIdentity::clone(&identity)),
     };

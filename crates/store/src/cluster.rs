@@ -1,31 +1,41 @@
 //! The state of one cluster as its store has it, read from a snapshot of everything under its prefix.
 //!
 //! Every node decides from this alone, so that it does the same after a missed event or a restart as it does live. An entry
-//! that does not parse is left out and said so once: one bad record must not stop a cluster.
+//! that does not parse is left out and said so once: one bad record must not stop a cluster. Following a mirror parses only
+//! what has changed.
+
+mod read;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use serde::de::DeserializeOwned;
 use sirocco_types::{
-    Epoch, EpochRef, ExpertHoldings, LayerId, LayerPlacement, Member, ModelIdentity, NodeId, Placement, Role,
+    Cordon, Epoch, EpochAbout, ExpertHoldings, LayerId, LayerLoad, Member, MinReplicas, ModelIdentity, NodeId,
+    NodeLoad, Operation, Placement, Role,
 };
 use tokio::sync::watch;
 use tokio_util::task::TaskTracker;
 
-use crate::{Keys, Mirror, Revision, Snapshot, parse};
+use self::read::Reader;
+use crate::{Keys, Mirror, Revision, Snapshot};
 
-/// Members, holdings, model and placements of one cluster.
+/// Members, holdings, model, placements, load and operations of one cluster.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct ClusterState {
     revision: Revision,
-    members: BTreeMap<(Role, NodeId), Member>,
-    holdings: BTreeMap<NodeId, ExpertHoldings>,
-    epochs: BTreeMap<Epoch, Placement>,
+    members: BTreeMap<(Role, NodeId), Arc<Member>>,
+    holdings: BTreeMap<NodeId, Arc<ExpertHoldings>>,
+    epochs: BTreeMap<Epoch, Arc<Placement>>,
+    abouts: BTreeMap<Epoch, Arc<EpochAbout>>,
     target: Epoch,
     serving: Epoch,
-    model: Option<ModelIdentity>,
+    model: Option<Arc<ModelIdentity>>,
     leader: Option<(u64, String)>,
+    layer_loads: BTreeMap<LayerId, Arc<LayerLoad>>,
+    node_loads: BTreeMap<NodeId, Arc<NodeLoad>>,
+    operations: BTreeMap<u64, Arc<Operation>>,
+    cordons: BTreeMap<NodeId, Arc<Cordon>>,
+    min_replicas: Arc<MinReplicas>,
     unreadable: BTreeMap<String, String>,
 }
 
@@ -34,11 +44,13 @@ impl ClusterState {
     pub fn follow(mirror: &Mirror, keys: &Keys, tasks: &TaskTracker) -> watch::Receiver<Arc<Self>> {
         let mut snapshots = mirror.subscribe();
         let keys = keys.clone();
-        let (sender, receiver) = watch::channel(Arc::new(Self::of(&snapshots.borrow_and_update(), &keys)));
+        let mut reader = Reader::default();
+        let (sender, receiver) = watch::channel(Arc::new(reader.read_snapshot(&snapshots.borrow_and_update(), &keys)));
         sender.borrow().say_unreadable(&Self::default());
         tasks.spawn(async move {
             while snapshots.changed().await.is_ok() {
-                let state = Arc::new(Self::of(&snapshots.borrow_and_update(), &keys));
+                let snapshot = Arc::clone(&snapshots.borrow_and_update());
+                let state = Arc::new(reader.read_snapshot(&snapshot, &keys));
                 let before = sender.send_replace(Arc::clone(&state));
                 state.say_unreadable(&before);
             }
@@ -48,11 +60,13 @@ impl ClusterState {
 
     /// Reads a snapshot of `keys.prefix()`.
     pub fn of(snapshot: &Snapshot, keys: &Keys) -> Self {
-        let entries = snapshot.entries.values().filter_map(|entry| {
-            let key = entry.key.strip_prefix(keys.prefix())?;
-            Some((key, entry.value.as_str(), entry.create_revision.0))
-        });
-        Self { revision: snapshot.revision, ..Self::read(entries) }
+        Reader::default().read_snapshot(snapshot, keys)
+    }
+
+    /// Reads `entries`, whose keys have lost the cluster's prefix (`/sirocco/<cluster>/`); the third part is the revision
+    /// at which the key was created.
+    pub fn read<'a>(entries: impl IntoIterator<Item = (&'a str, &'a str, u64)>) -> Self {
+        Reader::default().read(entries.into_iter().map(|(key, value, created)| (key, value, created, 0)))
     }
 
     /// The store's revision it was read at; 0 when it was not read from a snapshot.
@@ -60,60 +74,19 @@ impl ClusterState {
         self.revision
     }
 
-    /// Reads `entries`, whose keys have lost the cluster's prefix (`/sirocco/<cluster>/`); the third part is the revision
-    /// at which the key was created.
-    pub fn read<'a>(entries: impl IntoIterator<Item = (&'a str, &'a str, u64)>) -> Self {
-        let mut state = Self::default();
-        let mut layers = BTreeMap::<Epoch, BTreeMap<LayerId, LayerPlacement>>::new();
-        for (key, value, created) in entries {
-            let path: Vec<&str> = key.split('/').collect();
-            match path.as_slice() {
-                ["members", _, _] => {
-                    if let Some(member) = state.parse::<Member>(key, value) {
-                        state.members.insert((member.role, member.id.clone()), member);
-                    }
-                }
-                ["holdings", id] => {
-                    if let (Ok(id), Some(holdings)) = (NodeId::new(id), state.parse(key, value)) {
-                        state.holdings.insert(id, holdings);
-                    }
-                }
-                ["placement", "epochs", epoch, layer] => {
-                    if let (Ok(epoch), Ok(layer), Some(placement)) =
-                        (epoch.parse(), layer.parse(), state.parse(key, value))
-                    {
-                        layers.entry(Epoch(epoch)).or_default().insert(LayerId(layer), placement);
-                    }
-                }
-                ["placement", "target"] => state.target = state.parse_epoch(key, value),
-                ["placement", "serving"] => state.serving = state.parse_epoch(key, value),
-                ["model"] => state.model = state.parse(key, value),
-                ["election", "coordinator", _] if state.leader.as_ref().is_none_or(|(first, _)| created < *first) => {
-                    state.leader = Some((created, value.to_owned()));
-                }
-                _ => {}
-            }
-        }
-        state.epochs = layers
-            .into_iter()
-            .map(|(epoch, layers)| (epoch, Placement { epoch, layers: layers.into_values().collect() }))
-            .collect();
-        state
-    }
-
     /// The members of one role, by id.
     pub fn members(&self, role: Role) -> impl Iterator<Item = &Member> {
-        self.members.values().filter(move |member| member.role == role)
+        self.members.values().map(|member| &**member).filter(move |member| member.role == role)
     }
 
     /// One member, while its lease lives.
     pub fn member(&self, role: Role, id: &NodeId) -> Option<&Member> {
-        self.members.get(&(role, id.clone()))
+        self.members.get(&(role, id.clone())).map(|member| &**member)
     }
 
     /// What an expert node holds; none when it is gone or has not said.
     pub fn holdings(&self, node: &NodeId) -> Option<&ExpertHoldings> {
-        self.holdings.get(node)
+        self.holdings.get(node).map(|holdings| &**holdings)
     }
 
     /// What expert nodes load towards.
@@ -129,7 +102,7 @@ impl ClusterState {
     /// The placement of one epoch, when all of its layers are there.
     pub fn epoch(&self, epoch: Epoch) -> Option<&Placement> {
         let layers = self.model.as_ref()?.spec.num_hidden_layers;
-        self.epochs.get(&epoch).filter(|placement| placement.layers.len() == layers)
+        self.epochs.get(&epoch).map(|placement| &**placement).filter(|placement| placement.layers.len() == layers)
     }
 
     /// Every epoch the store has, complete or not, ascending.
@@ -137,9 +110,14 @@ impl ClusterState {
         self.epochs.keys().copied()
     }
 
+    /// Why an epoch's placement was made.
+    pub fn about(&self, epoch: Epoch) -> Option<&EpochAbout> {
+        self.abouts.get(&epoch).map(|about| &**about)
+    }
+
     /// The model the cluster serves, once a node with one has joined.
     pub fn model(&self) -> Option<&ModelIdentity> {
-        self.model.as_ref()
+        self.model.as_deref()
     }
 
     /// The id of the coordinator that leads.
@@ -147,17 +125,50 @@ impl ClusterState {
         self.leader.as_ref().map(|(_, id)| id.as_str())
     }
 
+    /// The gRPC address of the coordinator that leads, while it is a member.
+    pub fn leader_address(&self) -> Option<&str> {
+        let id = NodeId::new(self.leader()?).ok()?;
+        self.member(Role::Coordinator, &id).map(|member| member.grpc.as_str())
+    }
+
+    /// The load of one layer, as last written.
+    pub fn layer_load(&self, layer: LayerId) -> Option<&LayerLoad> {
+        self.layer_loads.get(&layer).map(|load| &**load)
+    }
+
+    /// The load of every expert node that has one, as last written, by id.
+    pub fn node_loads(&self) -> impl Iterator<Item = (&NodeId, &NodeLoad)> {
+        self.node_loads.iter().map(|(id, load)| (id, &**load))
+    }
+
+    /// The operations that are kept, oldest first.
+    pub fn operations(&self) -> impl DoubleEndedIterator<Item = &Operation> {
+        self.operations.values().map(|operation| &**operation)
+    }
+
+    /// One operation.
+    pub fn operation(&self, id: u64) -> Option<&Operation> {
+        self.operations.get(&id).map(|operation| &**operation)
+    }
+
+    /// An operator's word on an expert node, whether it is there or not.
+    pub fn cordon(&self, node: &NodeId) -> Option<&Cordon> {
+        self.cordons.get(node).map(|cordon| &**cordon)
+    }
+
+    /// Every node that an operator has cordoned or drained, by id.
+    pub fn cordons(&self) -> impl Iterator<Item = (&NodeId, &Cordon)> {
+        self.cordons.iter().map(|(id, cordon)| (id, &**cordon))
+    }
+
+    /// The least number of replicas.
+    pub fn min_replicas(&self) -> &MinReplicas {
+        &self.min_replicas
+    }
+
     /// The entries that were left out, by key, each with what is wrong with it.
     pub fn unreadable(&self) -> &BTreeMap<String, String> {
         &self.unreadable
-    }
-
-    fn parse_epoch(&mut self, key: &str, value: &str) -> Epoch {
-        self.parse::<EpochRef>(key, value).unwrap_or_default().epoch
-    }
-
-    fn parse<T: DeserializeOwned>(&mut self, key: &str, value: &str) -> Option<T> {
-        parse(key, value).map_err(|error| self.unreadable.insert(key.to_owned(), error.to_string())).ok()
     }
 
     fn say_unreadable(&self, before: &Self) {
@@ -171,7 +182,10 @@ impl ClusterState {
 
 #[cfg(test)]
 mod tests {
-    use sirocco_types::{Device, Dtype, ExpertId, ExpertKey, Fingerprint, MemberState, ModelSpec, PlacementKind};
+    use sirocco_types::{
+        Device, Dtype, EpochRef, ExpertId, ExpertKey, Fingerprint, LayerPlacement, MemberState, ModelSpec,
+        PlacementKind,
+    };
 
     use super::*;
     use crate::{EmbeddedStore, Entry, Revision, Store, to_json};
@@ -224,6 +238,8 @@ mod tests {
             zone: None,
             device: Some(Device { kind: "cpu".into(), name: "test".into() }),
             capacity_bytes: Some(1),
+            speed: None,
+            max_experts_per_layer: None,
             serving_epoch: None,
             model: Some(model()),
         };

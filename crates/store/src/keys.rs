@@ -46,6 +46,11 @@ impl Keys {
         format!("{}{:04}", self.epoch(epoch), layer.0)
     }
 
+    /// Why a placement was made, an [`EpochAbout`](sirocco_types::EpochAbout).
+    pub fn about(&self, epoch: Epoch) -> String {
+        format!("{}about", self.epoch(epoch))
+    }
+
     /// Which epoch is the target or is served, an [`EpochRef`](sirocco_types::EpochRef).
     pub fn placement(&self, kind: PlacementKind) -> String {
         let name = match kind {
@@ -53,6 +58,31 @@ impl Keys {
             PlacementKind::Serving => "serving",
         };
         format!("{}placement/{name}", self.prefix)
+    }
+
+    /// One layer's load, a [`LayerLoad`](sirocco_types::LayerLoad).
+    pub fn layer_load(&self, layer: LayerId) -> String {
+        format!("{}load/{:04}", self.prefix, layer.0)
+    }
+
+    /// An expert node's load, a [`NodeLoad`](sirocco_types::NodeLoad).
+    pub fn node_load(&self, id: &NodeId) -> String {
+        format!("{}load/nodes/{id}", self.prefix)
+    }
+
+    /// What was done, an [`Operation`](sirocco_types::Operation).
+    pub fn operation(&self, id: u64) -> String {
+        format!("{}operations/{id:08}", self.prefix)
+    }
+
+    /// An operator's word on an expert node, a [`Cordon`](sirocco_types::Cordon).
+    pub fn cordon(&self, id: &NodeId) -> String {
+        format!("{}cordons/{id}", self.prefix)
+    }
+
+    /// The least number of replicas, [`MinReplicas`](sirocco_types::MinReplicas).
+    pub fn min_replicas(&self) -> String {
+        format!("{}settings/min-replicas", self.prefix)
     }
 
     /// The model the cluster serves, a [`ModelIdentity`](sirocco_types::ModelIdentity).

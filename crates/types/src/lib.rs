@@ -4,15 +4,19 @@
 #![forbid(unsafe_code)]
 
 mod ids;
+mod load;
 mod member;
 mod model;
+mod operation;
 mod placement;
 mod routing;
 mod sampling;
 
 pub use ids::{Epoch, ExpertId, ExpertKey, LayerId, NodeId, NodeIdError};
+pub use load::{LayerLoad, LoadCounters, LoadReport, NodeLoad};
 pub use member::{Device, ExpertHoldings, Member, MemberState, RefusedExpert, Role};
 pub use model::{Dtype, Fingerprint, FingerprintError, ModelIdentity, ModelSpec};
+pub use operation::{Cordon, EpochAbout, MinReplicas, Move, Operation, OperationKind, OperationState};
 pub use placement::{EpochRef, LayerPlacement, Placement, PlacementKind};
 pub use routing::Routing;
 pub use sampling::{FinishReason, SamplingParams, SamplingParamsError, Timings, Usage, limits};

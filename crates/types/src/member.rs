@@ -96,6 +96,12 @@ pub struct Member {
     /// Bytes of expert weights it may hold; only expert nodes have one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub capacity_bytes: Option<u64>,
+    /// How fast it runs experts, in percent of an ordinary node; only expert nodes have one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub speed: Option<u32>,
+    /// Most experts of one layer it may hold; any number when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_experts_per_layer: Option<u32>,
     /// The placement epoch it dispatches by; only routers have one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub serving_epoch: Option<Epoch>,

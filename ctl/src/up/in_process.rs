@@ -75,6 +75,8 @@ impl InProcess {
                 http: any,
                 threads: args.threads,
                 capacity_bytes: Some(capacity),
+                speed: 100,
+                max_experts_per_layer: None,
                 zone: None,
                 no_progress: true,
             };
