@@ -5,9 +5,10 @@
 //! deposed without noticing writes nothing. After each write it waits until it sees it in its own copy of the state before it
 //! decides again.
 
+#[cfg(test)]
+mod tests;
 mod writes;
 
-#[cfg(test)]
 pub(crate) use writes::ops;
 
 use std::sync::Arc;
@@ -306,7 +307,7 @@ impl Candidate {
                 let _ = answer.send(Err(refusal.into()));
                 return true;
             }
-            Err(_) => return true,
+            Err(()) => return true,
         };
         let step = self.write(decision.actions.clone(), &term.leadership).await;
         let leads = !matches!(step, Ok(Step::Fenced));
@@ -324,7 +325,7 @@ impl Candidate {
             writes::log(action);
         }
         let leader = self.id.as_str();
-        let ops = actions.into_iter().flat_map(|action| writes::ops(&self.keys, action, leader)).collect();
+        let ops = actions.into_iter().flat_map(|action| ops(&self.keys, action, leader)).collect();
         self.commit(ops, leadership).await
     }
 

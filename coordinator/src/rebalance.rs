@@ -55,3 +55,72 @@ fn moved(state: &ClusterState, now_ms: u64) -> u64 {
     let abouts = state.epochs().filter_map(|epoch| state.about(epoch));
     abouts.filter(|about| about.kind == OperationKind::Rebalance && recent(about.at_ms)).map(|a| a.moved_bytes).sum()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::operations::Request;
+    use crate::testing::Cluster;
+
+    const POLICY: Policy = Policy { threshold: 0.15, cooldown: Duration::from_secs(60), bytes_per_window: 24 * 100 };
+
+    /// What may be moved at `now_s`, and whether a plan within that pays.
+    fn asked(cluster: &Cluster, policy: &Policy, now_s: u64) -> Option<(u64, bool)> {
+        let state = cluster.state();
+        let inputs = Inputs::of(&state, &cluster.loads).unwrap();
+        let bytes = due(&state, &inputs, policy, now_s * 1000)?;
+        Some((bytes, pays(&inputs.plan(Some(bytes)))))
+    }
+
+    #[test]
+    fn only_known_uneven_load_moves_experts() {
+        let mut cluster = Cluster::serving(&["a", "b", "c", "d"]);
+        assert_eq!(asked(&cluster, &POLICY, 1000), None, "nothing is known of the load");
+        cluster.loaded([100.0; 4]);
+        assert_eq!(asked(&cluster, &POLICY, 1000), None, "it is even");
+        cluster.loaded([400.0, 100.0, 100.0, 100.0]);
+        assert_eq!(asked(&cluster, &POLICY, 1000), Some((2400, true)));
+    }
+
+    #[test]
+    fn a_placement_rests_after_each_change_and_after_a_rollback_for_good() {
+        let mut cluster = Cluster::serving(&["a", "b", "c", "d"]);
+        cluster.loaded([400.0, 100.0, 100.0, 100.0]);
+        assert_eq!(asked(&cluster, &POLICY, 60), None, "placed at second 1");
+        assert!(asked(&cluster, &POLICY, 61).is_some());
+        cluster.ask(&Request::Rebalance { max_moved_bytes: None }).unwrap();
+        assert_eq!(asked(&cluster, &POLICY, 1000), None, "the change is under way");
+        cluster.settle();
+        assert_eq!(asked(&cluster, &POLICY, 1000), None, "the load is even now");
+        cluster.ask(&Request::Rollback(sirocco_types::Epoch(1))).unwrap();
+        cluster.settle();
+        assert_eq!(asked(&cluster, &POLICY, 1000), None, "an operator has chosen this placement");
+    }
+
+    #[test]
+    fn moved_bytes_are_limited_over_ten_minutes() {
+        let mut cluster = Cluster::serving(&["a", "b", "c", "d"]);
+        cluster.loaded([400.0, 100.0, 100.0, 100.0]);
+        cluster.ask(&Request::Rebalance { max_moved_bytes: None }).unwrap();
+        cluster.settle();
+        let state = cluster.state();
+        let bytes = state.about(state.target().unwrap().epoch).unwrap().moved_bytes;
+        assert!(bytes > 0);
+        let policy = Policy { bytes_per_window: bytes + 24, ..POLICY };
+        cluster.loaded([100.0, 100.0, 100.0, 900.0]);
+        assert_eq!(asked(&cluster, &policy, 300).map(|(bytes, _)| bytes), Some(24));
+        assert_eq!(asked(&cluster, &policy, 700).map(|(left, _)| left), Some(bytes + 24));
+    }
+
+    #[test]
+    fn a_rebalance_is_followed_by_calm() {
+        let mut cluster = Cluster::serving(&["a", "b", "c", "d"]);
+        cluster.loaded([400.0, 100.0, 100.0, 100.0]);
+        cluster.ask(&Request::Rebalance { max_moved_bytes: None }).unwrap();
+        cluster.settle();
+        for noise in [0.9, 1.0, 1.1] {
+            cluster.loaded([400.0 * noise, 100.0, 100.0 / noise, 100.0]);
+            assert!(asked(&cluster, &POLICY, 1000).is_none_or(|(_, pays)| !pays), "noise {noise}");
+        }
+    }
+}

@@ -157,7 +157,9 @@ impl Cluster {
             let mut wrote = !self.step().is_empty();
             let before = self.entries.0.clone();
             let ids: Vec<String> = self.state().members(Role::Expert).map(|member| member.id.to_string()).collect();
-            ids.iter().for_each(|id| self.load(id));
+            for id in &ids {
+                self.load(id);
+            }
             self.follow();
             wrote |= before != self.entries.0;
             if !wrote {
