@@ -8,9 +8,8 @@
 mod api;
 mod leader;
 mod node;
-mod plan;
+pub mod plan;
 mod problems;
 mod reconcile;
 
 pub use node::{Config, StartError, start};
-pub use plan::{PlanNode, plan};

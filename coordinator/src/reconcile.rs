@@ -11,7 +11,7 @@ use sirocco_types::{
     Epoch, ExpertKey, Fingerprint, LayerPlacement, Member, MemberState, ModelIdentity, NodeId, Placement, Role,
 };
 
-use crate::plan::{PlanNode, plan};
+use crate::plan::placement::place;
 
 /// Epochs kept behind the serving one, for people to look back on.
 const HISTORY: usize = 16;
@@ -39,7 +39,7 @@ pub(crate) fn next_actions(state: &ClusterState) -> Vec<Action> {
     if nodes.is_empty() {
         return Vec::new();
     }
-    let layers = plan(&model.spec, &nodes, state.target());
+    let layers = place(&model.spec, &nodes, state.target());
     if state.target().is_none_or(|target| target.layers != layers) {
         return vec![Action::PublishTarget(Placement { epoch: next_epoch(state), layers })];
     }
@@ -65,15 +65,15 @@ pub(crate) fn missing<'a>(
     })
 }
 
-/// The expert nodes that a placement may use now: those that read the cluster's checkpoint and are not leaving.
-pub(crate) fn nodes_to_plan_for(state: &ClusterState, fingerprint: Fingerprint) -> Vec<PlanNode> {
+/// The expert nodes that a placement may use now and how many bytes of experts each may hold: those that read the cluster's checkpoint and are not leaving.
+pub(crate) fn nodes_to_plan_for(state: &ClusterState, fingerprint: Fingerprint) -> Vec<(NodeId, u64)> {
     let usable = |member: &&Member| {
         member.state != MemberState::Draining && member.model.as_ref().is_some_and(|m| m.fingerprint == fingerprint)
     };
     state
         .members(Role::Expert)
         .filter(usable)
-        .map(|member| PlanNode { id: member.id.clone(), capacity_bytes: member.capacity_bytes.unwrap_or(0) })
+        .map(|member| (member.id.clone(), member.capacity_bytes.unwrap_or(0)))
         .collect()
 }
 
