@@ -26,8 +26,8 @@
 //! - **cordoned**: a cordoned node gets nothing new.
 //! - **occupied**: a node that may take experts and has memory left holds an expert of every layer, unless every way to
 //!   give it one would crowd a zone.
-//! - **no worse**: when memory is ample the sum over layers of the slowest node's time, rent included, is at most what
-//!   phases 1 to 3 leave.
+//! - **no worse**: when memory is ample and phases 1 to 3 found all required replicas their zones, the sum over layers of the
+//!   slowest node's time, rent included, is at most what they leave.
 
 mod layer;
 mod load;

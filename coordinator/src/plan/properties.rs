@@ -40,6 +40,11 @@ impl Case {
         Layout { holders: start(&self.problem()).1.holders }
     }
 
+    /// [layers]: whether no node may keep an expert of the layer.
+    fn fresh(&self) -> Vec<bool> {
+        start(&self.problem()).1.fresh
+    }
+
     /// The case with the plan of `self` as its previous layout.
     fn after(&self, layout: Layout) -> Self {
         Self { previous: Some(layout), ..self.clone() }
@@ -294,12 +299,9 @@ proptest! {
         case.knobs.move_cost = 1 << 40;
         let Some(previous) = &case.previous else { return Ok(()) };
         let plan = case.plan();
-        let known = |layer: usize| {
-            (layer * case.shape.experts..(layer + 1) * case.shape.experts).any(|index| !previous.of(index).is_empty())
-        };
-        let repaired = case.repaired();
+        let (repaired, fresh) = (case.repaired(), case.fresh());
         for moved in moves(previous, &plan.layout) {
-            if known(moved.index / case.shape.experts) {
+            if !fresh[moved.index / case.shape.experts] {
                 prop_assert!(repaired.of(moved.index).contains(&moved.to));
             }
         }
@@ -339,11 +341,9 @@ proptest! {
     #[test]
     fn moves_for_balance_keep_to_their_limit(mut case in changed(false), limit in 0u64..200) {
         let Some(previous) = case.previous.clone() else { return Ok(()) };
-        let known = |layer: usize| {
-            (layer * case.shape.experts..(layer + 1) * case.shape.experts).any(|index| !previous.of(index).is_empty())
-        };
+        let fresh = case.fresh();
         let loaded = |layout: &Layout| {
-            moves(&previous, layout).iter().filter(|moved| known(moved.index / case.shape.experts)).count() as u64 * 10
+            moves(&previous, layout).iter().filter(|moved| !fresh[moved.index / case.shape.experts]).count() as u64 * 10
         };
         let necessary = loaded(&case.repaired());
         case.knobs.max_moved_bytes = Some(limit);
@@ -378,10 +378,14 @@ proptest! {
     #[test]
     fn balancing_makes_no_layer_set_slower(mut case in changed(false)) {
         case.loads.iter_mut().for_each(|load| *load += 50);
-        if case.nodes.iter().all(|node| node.cordoned || node.experts_per_layer == 0) {
+        let repaired = case.repaired();
+        let lacks = |(index, holders): (usize, &Vec<u32>)| {
+            holders.len() < case.min_replicas[index].max(1) as usize || case.crowded(holders)
+        };
+        if repaired.holders.iter().enumerate().any(lacks) {
             return Ok(());
         }
-        let (repaired, layout) = (case.price(&case.repaired()), case.price(&case.plan().layout));
+        let (repaired, layout) = (case.price(&repaired), case.price(&case.plan().layout));
         prop_assert!(layout <= repaired + 1e-6, "{} to {}", repaired, layout);
     }
 }
