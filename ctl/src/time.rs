@@ -21,11 +21,12 @@ pub(crate) fn since(at_ms: u64) -> Duration {
     Duration::from_millis(now.saturating_sub(at_ms))
 }
 
-/// A duration in the two units that matter.
+/// A duration in the one or two units that matter.
 pub(crate) fn duration(duration: Duration) -> String {
     let seconds = duration.as_secs();
     match seconds {
-        0..10 => format!("{:.1} s", duration.as_secs_f64()),
+        0 => format!("{} ms", duration.as_millis()),
+        1..10 => format!("{:.1} s", duration.as_secs_f64()),
         10..60 => format!("{seconds} s"),
         60..3600 => format!("{} min {} s", seconds / 60, seconds % 60),
         _ => format!("{} h {} min", seconds / 3600, seconds % 3600 / 60),
@@ -69,9 +70,9 @@ mod tests {
     }
 
     #[test]
-    fn durations_are_written_in_the_two_units_that_matter() {
+    fn durations_are_written_in_the_units_that_matter() {
         let cases =
-            [(340, "0.3 s"), (9_900, "9.9 s"), (59_000, "59 s"), (200_000, "3 min 20 s"), (7_500_000, "2 h 5 min")];
+            [(340, "340 ms"), (9_900, "9.9 s"), (59_000, "59 s"), (200_000, "3 min 20 s"), (7_500_000, "2 h 5 min")];
         for (ms, text) in cases {
             assert_eq!(duration(Duration::from_millis(ms)), text);
         }

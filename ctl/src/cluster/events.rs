@@ -71,7 +71,7 @@ impl OperationView {
             self.kind.clone(),
             dash(&self.subject),
             self.state.clone(),
-            time::duration(self.took()),
+            if self.took().is_zero() { "-".to_owned() } else { time::duration(self.took()) },
             self.id.to_string(),
             self.epoch.map_or("-".to_owned(), |epoch| epoch.to_string()),
             self.leader.clone(),

@@ -91,6 +91,9 @@ impl LoadView {
 
     /// How even the load is, and would be with even replicas.
     pub(super) fn balance(&self) -> String {
+        if self.imbalance <= 0.0 && self.predicted_imbalance <= 0.0 {
+            return "not known yet".to_owned();
+        }
         format!("{} ({} predicted)", imbalance(self.imbalance), imbalance(self.predicted_imbalance))
     }
 

@@ -93,14 +93,14 @@ impl NodeView {
     pub(super) fn state(&self) -> String {
         match &self.cordon {
             None => self.state.clone(),
-            Some(cordon) if self.state == "ready" || self.state == *cordon => cordon.clone(),
+            Some(cordon) if self.state == "ready" => cordon.clone(),
             Some(cordon) => format!("{}, {cordon}", self.state),
         }
     }
 
-    /// Whether it is an expert node that stays: neither it nor an operator says that it is leaving.
-    pub(super) fn is_staying_expert(&self) -> bool {
-        self.role == "expert" && self.state != "draining" && self.cordon.as_deref() != Some("draining")
+    /// Whether it is an expert node that keeps its experts: it is not stopping, and no operator has them moved away.
+    pub(super) fn keeps_experts(&self) -> bool {
+        self.role == "expert" && self.state != "draining" && matches!(self.cordon.as_deref(), None | Some("cordoned"))
     }
 }
 
@@ -144,8 +144,9 @@ mod tests {
         let cases = [
             ("ready", "", "ready"),
             ("ready", "cordoned", "cordoned"),
-            ("ready", "draining", "draining"),
-            ("draining", "draining", "draining"),
+            ("ready", "drained", "drained"),
+            ("draining", "", "draining"),
+            ("draining", "drained", "draining, drained"),
             ("starting", "cordoned", "starting, cordoned"),
         ];
         for (state, cordon, shown) in cases {
@@ -153,7 +154,7 @@ mod tests {
             let node = wire::Node { role, state: state.into(), cordon: cordon.into(), ..wire::Node::default() };
             let node = NodeView::from(node);
             assert_eq!(node.state(), shown);
-            assert_eq!(node.is_staying_expert(), !shown.contains("draining"));
+            assert_eq!(node.keeps_experts(), !shown.contains("drain"), "{shown}");
             assert_eq!(node.row().len(), NODE_COLUMNS.len());
         }
     }

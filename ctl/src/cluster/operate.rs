@@ -180,7 +180,11 @@ fn sentence(operation: &OperationView) -> String {
     if operation.state == "running" {
         return format!("{}: under way as operation {}, `sirocco events` tells", operation.title(), operation.id);
     }
-    format!("{}: {} ({})", operation.title(), operation.detail, time::duration(operation.took()))
+    let took = match operation.took() {
+        Duration::ZERO => String::new(),
+        took => format!(" ({})", time::duration(took)),
+    };
+    format!("{}: {}{took}", operation.title(), operation.detail)
 }
 
 /// `user@host` of whoever runs this program.

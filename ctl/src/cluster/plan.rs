@@ -70,7 +70,7 @@ pub(super) async fn run(args: Args) -> Result<()> {
         None => (0, Vec::new()),
         Some(WhatIf::Change { add, remove }) => (add, remove),
         Some(WhatIf::Total(total)) => {
-            let there = nodes::list(&query.coordinators).await?.iter().filter(|node| node.is_staying_expert()).count();
+            let there = nodes::list(&query.coordinators).await?.iter().filter(|node| node.keeps_experts()).count();
             (more(total, there as u32)?, Vec::new())
         }
     };
