@@ -62,7 +62,7 @@ mod tests {
     use crate::operations::Request;
     use crate::testing::Cluster;
 
-    const POLICY: Policy = Policy { threshold: 0.15, cooldown: Duration::from_secs(60), bytes_per_window: 24 * 100 };
+    const POLICY: Policy = Policy { threshold: 0.15, cooldown: Duration::from_mins(1), bytes_per_window: 24 * 100 };
 
     /// What may be moved at `now_s`, and whether a plan within that pays.
     fn asked(cluster: &Cluster, policy: &Policy, now_s: u64) -> Option<(u64, bool)> {
