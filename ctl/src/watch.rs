@@ -7,7 +7,7 @@ use anyhow::Result;
 use tokio_util::sync::CancellationToken;
 
 use crate::output::{self, Format};
-use crate::{terminal, time};
+use crate::terminal;
 
 /// Moves to the upper left corner and clears all below it.
 const CLEAR: &str = "\x1b[H\x1b[J";
@@ -82,7 +82,7 @@ impl Screen {
         if let Some(height) = height {
             let first = match problem {
                 Some(error) => format!("sirocco: {error:#}; what follows is older"),
-                None => format!("every {}, Ctrl-C ends", time::duration(self.every)),
+                None => format!("every {} s, Ctrl-C ends", self.every.as_secs_f64()),
             };
             // The line below the last one stays free, because writing there would scroll the first one away.
             let lines: Vec<&str> = answer.lines().take(height.saturating_sub(3)).collect();

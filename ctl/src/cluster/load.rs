@@ -57,18 +57,25 @@ pub(super) struct NodeLoadView {
 pub(super) async fn view(query: &Query, layer: Option<u32>) -> Result<String> {
     let request = wire::GetLoadRequest {};
     let answer = query.coordinators.ask(async |mut client| Ok(client.get_load(request).await?.into_inner()));
-    let mut load = LoadView::from(answer.await?);
-    if let Some(layer) = layer {
-        let known = load.layers.len();
-        load.layers.retain(|view| view.layer == layer);
-        if load.layers.is_empty() {
-            bail!("layer: {layer}, load is known of {known}");
-        }
-    }
+    let load = LoadView::from(answer.await?);
+    let load = match layer {
+        Some(layer) => load.only(layer)?,
+        None => load,
+    };
     output::one(query.output, &load, || load.text(query.output))
 }
 
 impl LoadView {
+    /// With this layer alone.
+    fn only(mut self, layer: u32) -> Result<Self> {
+        let known = self.layers.len();
+        self.layers.retain(|view| view.layer == layer);
+        if self.layers.is_empty() && known > 0 {
+            bail!("layer: {layer}, the model has {known}");
+        }
+        Ok(self)
+    }
+
     /// The heat map, then a line for each node.
     fn text(&self, format: Format) -> String {
         let layers: Vec<Line> = self
@@ -144,5 +151,19 @@ impl From<wire::Load> for LoadView {
             layers: layers.collect(),
             nodes: nodes.collect(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_layer_that_is_not_there_is_refused_once_layers_are_known() {
+        let layers = |count| (0..count).map(|layer| wire::LayerLoad { layer, ..wire::LayerLoad::default() }).collect();
+        let load = |count| LoadView::from(wire::Load { layers: layers(count), ..wire::Load::default() });
+        assert_eq!(load(4).only(2).unwrap().layers.len(), 1);
+        assert_eq!(load(4).only(9).err().unwrap().to_string(), "layer: 9, the model has 4");
+        assert_eq!(load(0).only(9).unwrap().layers.len(), 0);
     }
 }

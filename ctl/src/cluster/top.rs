@@ -17,13 +17,25 @@ use super::nodes::NodeView;
 use super::placement::PlacementView;
 use super::status::ClusterView;
 use crate::output::{self, Format, column, names, rate, table};
-use crate::terminal::Paint;
+use crate::terminal::{self, Paint};
 use crate::watch::{self, seconds};
 
-/// How many of each list a screen has room for; wide shows all nodes and more of the rest.
-const NODES: usize = 12;
-const EXPERTS: usize = 8;
-const EVENTS: usize = 6;
+/// How many of each list there is room for; wide shows all.
+#[derive(Clone, Copy)]
+struct Room {
+    nodes: usize,
+    experts: usize,
+    operations: usize,
+}
+
+/// For a terminal of 24 lines.
+const LOW: Room = Room { nodes: 6, experts: 3, operations: 3 };
+
+/// For one of 40 lines and more, and for files.
+const HIGH: Room = Room { nodes: 12, experts: 8, operations: 6 };
+
+/// Experts that programs are told of.
+const HOTTEST: usize = 32;
 
 /// Operations that are looked through for those under way.
 const OPERATIONS: u32 = 50;
@@ -182,22 +194,23 @@ fn hottest(load: &LoadView, placement: &PlacementView) -> Vec<HotExpert> {
     experts.sort_by(|a, b| {
         b.tokens_per_s.total_cmp(&a.tokens_per_s).then_with(|| (a.layer, a.expert).cmp(&(b.layer, b.expert)))
     });
-    experts.truncate(4 * EXPERTS);
+    experts.truncate(HOTTEST);
     experts
 }
 
 impl TopView {
     fn text(&self, format: Format) -> String {
         let wide = format == Format::Wide;
+        let room = if terminal::height().is_some_and(|lines| lines < 40) { LOW } else { HIGH };
         let fit = |count: usize, room: usize| if wide { count } else { count.min(room) };
         let mut parts = vec![self.head()];
         if !self.nodes.is_empty() {
-            parts.push(nodes(&self.nodes[..fit(self.nodes.len(), NODES)], self.nodes.len()));
+            parts.push(nodes(&self.nodes[..fit(self.nodes.len(), room.nodes)], self.nodes.len()));
         }
         if !self.hottest.is_empty() {
-            parts.push(experts(&self.hottest[..fit(self.hottest.len(), EXPERTS)]));
+            parts.push(experts(&self.hottest[..fit(self.hottest.len(), room.experts)]));
         }
-        let latest = &self.latest[self.latest.len() - fit(self.latest.len(), EVENTS)..];
+        let latest = &self.latest[self.latest.len() - fit(self.latest.len(), room.operations)..];
         for (title, operations) in [("under way", self.running.as_slice()), ("latest", latest)] {
             if !operations.is_empty() {
                 let rows: Vec<Vec<String>> = operations.iter().map(OperationView::row).collect();
@@ -250,7 +263,7 @@ fn nodes(nodes: &[TopNode], all: usize) -> String {
 }
 
 fn experts(experts: &[HotExpert]) -> String {
-    let columns = ["layer", "expert", "tokens/s", "even share", "nodes"].map(column);
+    let columns = ["layer", "expert", "tokens/s", "times even", "nodes"].map(column);
     let rows: Vec<Vec<String>> = experts
         .iter()
         .map(|expert| {
@@ -258,7 +271,7 @@ fn experts(experts: &[HotExpert]) -> String {
                 expert.layer.to_string(),
                 expert.expert.to_string(),
                 rate(expert.tokens_per_s),
-                format!("{:.1} times", expert.times_even),
+                format!("{:.1}", expert.times_even),
                 names(&expert.nodes),
             ]
         })
