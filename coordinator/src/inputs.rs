@@ -12,11 +12,8 @@ use sirocco_types::{
     Placement, Role,
 };
 
-use crate::load::LoadSnapshot;
+use crate::load::{LoadSnapshot, TOKENS_PER_EXPERT};
 use crate::plan::{self, Knobs, Layout, PlanNode, Problem, Shape};
-
-/// Routed tokens that each expert must have had on average in every layer before placements are made by their load.
-const TOKENS_PER_EXPERT: f64 = 32.0;
 
 /// Everything a placement depends on.
 #[derive(Clone, Debug)]
@@ -276,8 +273,9 @@ fn digest(model: &ModelIdentity, members: &[Member], nodes: &[PlanNode], min_rep
 
 /// The weights as integers; none while a layer has too few tokens to tell its experts apart.
 fn integer_loads(loads: &LoadSnapshot, layers: usize, experts: usize) -> Option<Vec<u64>> {
-    let enough =
-        |weight: &[f64]| weight.len() == experts && weight.iter().sum::<f64>() >= TOKENS_PER_EXPERT * experts as f64;
+    let enough = |weight: &[f64]| {
+        weight.len() == experts && weight.iter().sum::<f64>() >= 0.99 * TOKENS_PER_EXPERT * experts as f64
+    };
     if loads.layers.len() != layers || !loads.layers.iter().all(|layer| enough(&layer.weight)) {
         return None;
     }

@@ -13,6 +13,9 @@ use sirocco_types::{Epoch, LayerId, LayerLoad, LoadCounters, LoadReport, ModelSp
 /// Rows that every node must have run on average in a layer before an imbalance is told from them.
 const ROWS_PER_NODE: f64 = 16.0;
 
+/// Routed tokens that each expert must have had on average in every layer before placements are made by their load.
+pub(crate) const TOKENS_PER_EXPERT: f64 = 32.0;
+
 /// How loaded the cluster is, by the leader's measurements.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct LoadSnapshot {
@@ -88,11 +91,10 @@ struct Average {
 }
 
 impl Average {
-    fn tick(&mut self, seconds: f64, kept: f64, traffic: bool) {
+    /// `kept` is what is left of the rate, `weight_kept` of the weight.
+    fn tick(&mut self, seconds: f64, kept: f64, weight_kept: f64) {
         self.rate = self.rate * kept + (1.0 - kept) * self.new / seconds;
-        if traffic {
-            self.weight = self.weight * kept + self.new;
-        }
+        self.weight = self.weight * weight_kept + self.new;
         self.new = 0.0;
     }
 }
@@ -160,15 +162,22 @@ impl LoadBook {
         let seconds = passed.as_secs_f64().max(1e-3);
         let kept = (-seconds / self.half_life.as_secs_f64().max(1e-3)).exp2();
         for layer in &mut self.tokens {
-            let traffic = layer.iter().any(|average| average.new > 0.0);
+            let traffic: f64 = layer.iter().map(|average| average.new).sum();
+            let weight: f64 = layer.iter().map(|average| average.weight).sum();
+            // A trickle of tokens must not wear away what is known: then only as much decays as comes in.
+            let enough = TOKENS_PER_EXPERT * layer.len() as f64;
+            let least = if weight > enough { (enough - traffic).max(0.0) / weight } else { 1.0 };
+            let weight_kept = if traffic > 0.0 { kept.max(least) } else { 1.0 };
             for average in layer {
-                average.tick(seconds, kept, traffic);
+                average.tick(seconds, kept, weight_kept);
             }
         }
-        let busy_layers: Vec<bool> =
-            (0..self.tokens.len()).map(|layer| self.nodes.values().any(|node| node.rows[layer].new > 0.0)).collect();
+        let rows_kept: Vec<f64> = (0..self.tokens.len())
+            .map(|layer| self.nodes.values().any(|node| node.rows[layer].new > 0.0))
+            .map(|traffic| if traffic { kept } else { 1.0 })
+            .collect();
         for node in self.nodes.values_mut() {
-            node.tick(seconds, kept, &busy_layers);
+            node.tick(seconds, kept, &rows_kept);
         }
     }
 
@@ -229,7 +238,7 @@ impl NodeBook {
         }
     }
 
-    fn tick(&mut self, seconds: f64, kept: f64, busy_layers: &[bool]) {
+    fn tick(&mut self, seconds: f64, kept: f64, rows_kept: &[f64]) {
         let new = std::mem::take(&mut self.new);
         let average = |old: f64, now: f64| old * kept + (1.0 - kept) * now;
         self.rows_per_s = average(self.rows_per_s, new.rows as f64 / seconds);
@@ -243,8 +252,8 @@ impl NodeBook {
             let rows = new.rows as f64 / new.batches as f64;
             self.batch_rows = if self.batch_rows > 0.0 { average(self.batch_rows, rows) } else { rows };
         }
-        for (rows, traffic) in self.rows.iter_mut().zip(busy_layers) {
-            rows.tick(seconds, kept, *traffic);
+        for (rows, weight_kept) in self.rows.iter_mut().zip(rows_kept) {
+            rows.tick(seconds, kept, *weight_kept);
         }
     }
 
@@ -317,6 +326,20 @@ mod tests {
         let idle = book.snapshot(&state, "c", 2).layers[1].clone();
         assert_eq!((idle.tokens_per_s[0], &idle.weight), (0.0, &busy.weight));
         assert!((idle.weight[0] / idle.weight[1] - 3.0).abs() < 0.01);
+    }
+
+    #[test]
+    fn a_trickle_does_not_wear_away_what_is_known() {
+        let state = cluster().state();
+        let mut book = book(&state);
+        book.record(router(0, [0; 4])).unwrap();
+        book.record(router(1, [600, 200, 100, 100])).unwrap();
+        for second in 0..200 {
+            book.record(router(second, [600 + second / 10, 200 + second / 10, 100, 100])).unwrap();
+            book.tick(SECOND, &state);
+            let weight: f64 = book.snapshot(&state, "c", 1).layers[0].weight.iter().sum();
+            assert!(weight >= TOKENS_PER_EXPERT * 4.0 - 0.1, "{weight} after {second} s");
+        }
     }
 
     #[test]

@@ -15,7 +15,7 @@ use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
 use self::book::LoadBook;
-pub(crate) use self::book::LoadSnapshot;
+pub(crate) use self::book::{LoadSnapshot, TOKENS_PER_EXPERT};
 
 /// How often the averages move and a snapshot is published.
 const TICK: Duration = Duration::from_secs(1);
