@@ -2,8 +2,10 @@
 
 use rustix::process::Signal;
 use serde_json::Value;
+use sirocco_testkit::cluster::{self, Node};
+use sirocco_testkit::etcd::Etcd;
 use sirocco_testkit::process::Process;
-use sirocco_testkit::wait_for;
+use sirocco_testkit::{repository, wait_for};
 
 use crate::commands::{sirocco, up};
 
@@ -183,4 +185,37 @@ fn watching_shows_one_document_after_the_other_until_it_is_interrupted() {
         watching.signal(Signal::INT).unwrap();
         assert_eq!(watching.wait().unwrap().code(), Some(0), "{}", watching.stderr());
     }
+}
+
+#[test]
+fn an_order_is_followed_through_a_change_of_leaders() {
+    let etcd = Etcd::start().unwrap();
+    let demo = repository("models/demo");
+    let models = [demo.clone(), demo.clone()];
+    let mut cluster = cluster::Cluster::start(&etcd, "orders", &demo, &models).unwrap();
+    let second = Node::start("coordinator", "coordinator-1", "orders", &etcd.endpoint(), None, &[]).unwrap();
+    let coordinators = format!("{},{}", cluster.coordinator.grpc, second.grpc);
+    let ask = |command: &str| -> Value {
+        let args = format!("{command} -o json --coordinator {coordinators}");
+        let (code, stdout, stderr) = sirocco(&args.split(' ').collect::<Vec<_>>());
+        assert_eq!(code, Some(0), "{command}: {stderr}");
+        serde_json::from_str(&stdout).unwrap()
+    };
+    assert_eq!(ask("status")["leader"], "coordinator-0");
+
+    // A router that stands still goes by the old placement, so that the drain cannot end.
+    cluster.router.process.signal(Signal::STOP).unwrap();
+    let args = ["drain", "expert-1", "-o", "json", "--coordinator", &coordinators];
+    let mut drain = Process::start("sirocco", &args, &[]).unwrap();
+    let under_way = |event: &Value| event["kind"] == "drain" && event["state"] == "running";
+    let started = || ask("events").as_array().is_some_and(|events| events.iter().any(under_way));
+    wait_for("the drain to begin", || Ok(started().then_some(()))).unwrap();
+    cluster.coordinator.process.kill().unwrap();
+    wait_for("another leader", || Ok((ask("status")["leader"] == "coordinator-1").then_some(()))).unwrap();
+    cluster.router.process.signal(Signal::CONT).unwrap();
+
+    assert_eq!(drain.wait().unwrap().code(), Some(0), "{}", drain.stderr());
+    let operation: Value = serde_json::from_str(&drain.stdout()).unwrap();
+    assert_eq!((&operation["state"], &operation["leader"]), (&"done".into(), &"coordinator-1".into()), "{operation}");
+    assert_eq!(ask("placement history").as_array().unwrap().last().unwrap()["serving"], true);
 }
