@@ -15,6 +15,8 @@ use sirocco_proto::expert::{DispatchRequest, ExpertOutputs, Refusal, RefusalReas
 use sirocco_types::{ExpertId, ExpertKey};
 use tokio::sync::{mpsc, oneshot};
 
+use crate::load::Counters;
+
 /// Requests that may wait for the compute thread; one more is refused.
 const QUEUE: usize = 256;
 
@@ -36,11 +38,21 @@ pub(crate) struct Batcher {
 }
 
 impl Batcher {
-    /// Starts the thread. It runs what `held` has at the time.
-    pub(crate) fn start(held: Arc<ArcSwap<Held>>, pool: Pool) -> std::io::Result<(Self, JoinHandle<()>)> {
+    /// Starts the thread. It runs what `held` has at the time and says in `counters` what it did.
+    pub(crate) fn start(
+        held: Arc<ArcSwap<Held>>,
+        counters: Arc<Counters>,
+        pool: Pool,
+    ) -> std::io::Result<(Self, JoinHandle<()>)> {
         let (jobs, queue) = mpsc::channel(QUEUE);
-        let thread = std::thread::Builder::new().name("experts".into()).spawn(move || run(queue, &held, &pool))?;
+        let thread = std::thread::Builder::new().name("experts".into());
+        let thread = thread.spawn(move || run(queue, &held, &counters, &pool))?;
         Ok((Self { jobs }, thread))
+    }
+
+    /// Requests that wait for the thread now.
+    pub(crate) fn queued(&self) -> usize {
+        self.jobs.max_capacity() - self.jobs.capacity()
     }
 
     /// Runs the experts of `request`, whose shapes have been checked.
@@ -61,12 +73,14 @@ fn stopped() -> Refusal {
     Refusal::new(RefusalReason::Unavailable, "the node is stopping")
 }
 
-fn run(mut queue: mpsc::Receiver<Job>, held: &ArcSwap<Held>, pool: &Pool) {
+fn run(mut queue: mpsc::Receiver<Job>, held: &ArcSwap<Held>, counters: &Counters, pool: &Pool) {
     let mut jobs = Vec::with_capacity(QUEUE);
     while queue.blocking_recv_many(&mut jobs, QUEUE) > 0 {
+        let begun = Instant::now();
         let held = held.load();
         let started = jobs.drain(..).filter_map(|job| Running::start(job, &held)).collect();
-        run_batch(started, &held, pool);
+        run_batch(started, &held, counters, pool);
+        counters.worked(begun.elapsed());
     }
 }
 
@@ -116,7 +130,7 @@ impl Running {
     }
 }
 
-fn run_batch(mut jobs: Vec<Running>, held: &Held, pool: &Pool) {
+fn run_batch(mut jobs: Vec<Running>, held: &Held, counters: &Counters, pool: &Pool) {
     let mut work: BTreeMap<ExpertKey, Vec<(usize, usize)>> = BTreeMap::new();
     for (j, running) in jobs.iter().enumerate() {
         let request = &running.job.request;
@@ -127,6 +141,7 @@ fn run_batch(mut jobs: Vec<Running>, held: &Held, pool: &Pool) {
     for (key, parts) in work {
         let weights = &held[&key];
         let mut input = Vec::new(); // [rows, hidden]
+        counters.ran(key.layer, parts.iter().map(|&(j, p)| jobs[j].job.request.experts[p].rows.len()).sum());
         for &(j, p) in &parts {
             let request = &jobs[j].job.request;
             for &row in &request.experts[p].rows {
@@ -146,5 +161,62 @@ fn run_batch(mut jobs: Vec<Running>, held: &Held, pool: &Pool) {
     }
     for running in jobs {
         running.finish();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use sirocco_compute::PackedMatrix;
+    use sirocco_proto::expert::ExpertRows;
+    use sirocco_types::{Fingerprint, LayerId, LoadCounters};
+
+    use super::*;
+
+    const HIDDEN: usize = 16;
+
+    fn request(experts: &[(u32, &[u32])]) -> DispatchRequest {
+        let rows = |&(expert, rows): &(u32, &[u32])| ExpertRows { expert: ExpertId(expert), rows: rows.to_vec() };
+        DispatchRequest {
+            id: 0,
+            fingerprint: Fingerprint([7; 32]),
+            layer: LayerId(1),
+            deadline: None,
+            hidden_states: Rows::new(vec![1.0; 3 * HIDDEN], HIDDEN),
+            experts: experts.iter().map(rows).collect(),
+        }
+    }
+
+    #[tokio::test]
+    async fn what_ran_is_counted_by_layer_and_what_was_refused_is_not() {
+        let matrix = || PackedMatrix::from_bf16(&[0; 2 * HIDDEN * HIDDEN], HIDDEN, HIDDEN).unwrap();
+        let weights = Arc::new(ExpertWeights { gate: matrix(), up: matrix(), down: matrix() });
+        let key = |expert| ExpertKey { layer: LayerId(1), expert: ExpertId(expert) };
+        let held = Held::from([(key(0), Arc::clone(&weights)), (key(1), weights)]);
+        let counters = Arc::new(Counters::new(3));
+        let pool = Pool::new(1).unwrap();
+        let (batcher, thread) =
+            Batcher::start(Arc::new(ArcSwap::from_pointee(held)), Arc::clone(&counters), pool).unwrap();
+        let outputs = batcher.run(request(&[(0, &[0, 1, 2]), (1, &[2, 0]), (5, &[1])])).await.unwrap();
+        assert_eq!(outputs.rows.len(), 5);
+        batcher.run(request(&[(1, &[1])])).await.unwrap();
+        drop(batcher);
+        thread.join().unwrap();
+
+        let LoadCounters::Expert { busy_us, batches, rows, queue } = counters.read(0) else {
+            panic!("an expert node's counters");
+        };
+        assert!(busy_us > 0);
+        assert_eq!((batches, rows, queue), (3, vec![0, 6, 0], 0));
+    }
+
+    #[tokio::test]
+    async fn requests_wait_until_the_thread_takes_them() {
+        let (jobs, mut queue) = mpsc::channel(QUEUE);
+        let batcher = Batcher { jobs };
+        let mut waiting = std::pin::pin!(batcher.run(request(&[])));
+        assert!(futures::poll!(&mut waiting).is_pending());
+        assert_eq!(batcher.queued(), 1);
+        queue.recv().await.unwrap();
+        assert_eq!(batcher.queued(), 0);
     }
 }

@@ -3,14 +3,20 @@
 //! - `loader`: follows the placement, reads weights, says what is held.
 //! - `service`: checks requests and answers them.
 //! - `batch`: runs each expert once for all the requests that wait for it, on a compute thread.
+//! - `load`: counts what that thread does, and reports it.
+//! - `departure`: when a node that is asked to stop may leave.
 //!
 //! It never chooses what it holds and never sees a token: only hidden states.
 #![forbid(unsafe_code)]
 
 mod batch;
+mod departure;
+mod load;
 mod loader;
 mod node;
 mod progress;
 mod service;
+#[cfg(test)]
+mod testing;
 
 pub use node::{Config, StartError, default_capacity, start};

@@ -11,7 +11,7 @@ use arc_swap::ArcSwap;
 use sirocco_model::Checkpoint;
 use sirocco_process::http::Health;
 use sirocco_store::{ClusterState, Keys, Registration, to_json};
-use sirocco_types::{ExpertHoldings, ExpertKey, NodeId, RefusedExpert, Role};
+use sirocco_types::{ExpertHoldings, ExpertKey, NodeId, RefusedExpert};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -38,18 +38,19 @@ impl Loader {
         let mut refused = BTreeMap::new();
         loop {
             let state = Arc::clone(&states.borrow_and_update());
-            let wanted = wanted(&state, &self.id);
+            let wanted = state.needed_on(&self.id);
             let complete = tokio::select! {
-                complete = self.load(&wanted, &mut refused, &mut states) => complete,
+                complete = self.load(&state, &wanted, &mut refused, &mut states) => complete,
                 () = shutdown.cancelled() => return,
             };
             if !complete {
                 continue;
             }
+            // Said before it is done, so that nobody counts on what is about to go.
+            self.announce(&wanted, &refused);
             if state.target().is_some() {
                 self.drop_all_but(&wanted);
             }
-            self.announce(&wanted, &refused);
             tokio::select! {
                 changed = states.changed() => if changed.is_err() { return },
                 () = tokio::time::sleep(RETRY), if !refused.is_empty() => refused.clear(),
@@ -58,9 +59,12 @@ impl Loader {
         }
     }
 
-    /// Loads what is wanted and not held. Returns false when the cluster's state changed before all was done.
+    /// Loads what is `wanted` in `state` and not held. Returns false when something else is wanted before all was done.
+    ///
+    /// A node that serves its part of the serving placement stays ready meanwhile.
     async fn load(
         &self,
+        state: &ClusterState,
         wanted: &BTreeSet<ExpertKey>,
         refused: &mut BTreeMap<ExpertKey, String>,
         states: &mut watch::Receiver<Arc<ClusterState>>,
@@ -72,10 +76,13 @@ impl Loader {
         if missing.is_empty() {
             return true;
         }
+        let serves = serves(state, &self.id, &held);
         let bytes = self.checkpoint.spec().expert_bytes();
         let mut progress = Progress::start(self.progress, missing.len(), bytes * missing.len() as u64);
         for (index, key) in missing.iter().copied().enumerate() {
-            self.health.not_ready(format!("loading expert {} of {}", index + 1, missing.len()));
+            if !serves {
+                self.health.not_ready(format!("loading expert {} of {}", index + 1, missing.len()));
+            }
             let checkpoint = Arc::clone(&self.checkpoint);
             match tokio::task::spawn_blocking(move || checkpoint.load_expert(key)).await {
                 Ok(Ok(weights)) => {
@@ -93,7 +100,9 @@ impl Loader {
                 Err(_) => return false,
             }
             progress.step(bytes);
-            if index + 1 < missing.len() && states.has_changed().unwrap_or(false) {
+            // The state changes with every report of load, the placement seldom.
+            let changed = index + 1 < missing.len() && states.has_changed().unwrap_or(false);
+            if changed && states.borrow_and_update().needed_on(&self.id) != *wanted {
                 progress.finish();
                 return false;
             }
@@ -116,8 +125,9 @@ impl Loader {
     /// Says in the store and in the health endpoints what is held.
     fn announce(&self, wanted: &BTreeSet<ExpertKey>, refused: &BTreeMap<ExpertKey, String>) {
         let held = self.held.load();
-        let bytes = held.values().map(|weights| weights.bytes() as u64).sum();
-        let mut holdings = ExpertHoldings::new(held.keys().copied(), bytes);
+        let kept = || held.iter().filter(|(key, _)| wanted.contains(key));
+        let bytes = kept().map(|(_, weights)| weights.bytes() as u64).sum();
+        let mut holdings = ExpertHoldings::new(kept().map(|(key, _)| *key), bytes);
         holdings.refused =
             refused.iter().map(|(key, reason)| RefusedExpert { key: *key, reason: reason.clone() }).collect();
         self.registration.set([(self.keys.holdings(&self.id), to_json(&holdings))]);
@@ -129,9 +139,91 @@ impl Loader {
     }
 }
 
-/// What this node must hold: its part of the target, of the serving placement, and of what live routers still go by.
-fn wanted(state: &ClusterState, id: &NodeId) -> BTreeSet<ExpertKey> {
-    let followed = state.members(Role::Router).filter_map(|router| state.epoch(router.serving_epoch?));
-    let placements = state.target().into_iter().chain(state.serving()).chain(followed);
-    placements.flat_map(|placement| placement.experts_on(id)).collect()
+/// Whether the serving placement has experts on node `id` and all of them are held.
+fn serves(state: &ClusterState, id: &NodeId, held: &Held) -> bool {
+    let mut served = state.serving().into_iter().flat_map(|placement| placement.experts_on(id)).peekable();
+    served.peek().is_some() && served.all(|key| held.contains_key(&key))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use sirocco_store::{EmbeddedStore, LEASE_TTL, Mirror, Store};
+    use sirocco_types::{Epoch, EpochRef, ExpertId, LayerId, MemberState, PlacementKind};
+    use tokio_util::task::TaskTracker;
+
+    use super::*;
+    use crate::testing::{Cluster, id};
+
+    /// Node `a` serves expert 0 and is to have expert 1 too once epoch 2 is the target.
+    const CLUSTER: Cluster = Cluster {
+        experts: &[("a", MemberState::Ready, Cluster::MODEL), ("b", MemberState::Ready, Cluster::MODEL)],
+        routers: &[],
+        leads: true,
+        epochs: &[&["a", "b"], &["a", "a"], &["b", "b"]],
+        target: 1,
+        serving: 1,
+    };
+
+    fn keys(experts: &[u32]) -> BTreeSet<ExpertKey> {
+        experts.iter().map(|expert| ExpertKey { layer: LayerId(0), expert: ExpertId(*expert) }).collect()
+    }
+
+    #[test]
+    fn a_node_holds_what_target_serving_placement_or_a_router_want_here() {
+        for (routers, target, serving, expected) in [
+            (&[][..], 1, 1, &[0][..]),
+            (&[], 2, 1, &[0, 1]),
+            (&[], 3, 2, &[0, 1]),
+            (&[1], 3, 3, &[0]),
+            (&[3, 2], 3, 3, &[0, 1]),
+            (&[3], 3, 3, &[]),
+            (&[0], 0, 0, &[]),
+        ] {
+            let state = Cluster { routers, target, serving, ..CLUSTER }.state();
+            assert_eq!(state.needed_on(&id("a")), keys(expected), "target {target}, serving {serving}, {routers:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_node_that_serves_stays_ready_while_it_loads_more() {
+        let cluster_keys = Keys::new("demo").unwrap();
+        let store: Arc<dyn Store> = Arc::new(EmbeddedStore::new());
+        for (key, value) in CLUSTER.entries(&cluster_keys) {
+            store.put(&key, &value).await.unwrap();
+        }
+        let mirror = Mirror::start(Arc::clone(&store), cluster_keys.prefix()).await.unwrap();
+        let (tasks, shutdown) = (TaskTracker::new(), CancellationToken::new());
+        let mut states = ClusterState::follow(&mirror, &cluster_keys, &tasks);
+        let registration = Registration::open(Arc::clone(&store), "claim", "", LEASE_TTL).await.unwrap();
+        let health = Health::new("expert-node", "a");
+        let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/demo");
+        let loader = Loader {
+            id: id("a"),
+            keys: cluster_keys.clone(),
+            checkpoint: Arc::new(Checkpoint::open(&demo).unwrap()),
+            held: Arc::default(),
+            registration: Arc::new(registration),
+            health: health.clone(),
+            progress: false,
+        };
+        let held = Arc::clone(&loader.held);
+        tasks.spawn(loader.run(states.clone(), shutdown.clone()));
+        health.until_ready().await;
+        assert_eq!(held.load().keys().copied().collect::<BTreeSet<_>>(), keys(&[0]));
+
+        let mut obstacle = health.subscribe();
+        obstacle.mark_unchanged();
+        let target = EpochRef { epoch: Epoch(2), leader: "c".into() };
+        store.put(&cluster_keys.placement(PlacementKind::Target), &to_json(&target)).await.unwrap();
+        let complete = |state: &Arc<ClusterState>| state.holdings(&id("a")).is_some_and(|held| held.count() == 2);
+        states.wait_for(complete).await.unwrap();
+        assert!(!obstacle.has_changed().unwrap(), "it was not ready for a while");
+
+        shutdown.cancel();
+        mirror.close().await;
+        tasks.close();
+        tasks.wait().await;
+    }
 }

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use sirocco_compute::{Pool, cpu_description, cuda_devices};
@@ -20,6 +20,8 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
 use crate::batch::{Batcher, Held};
+use crate::departure::Departure;
+use crate::load::{Counters, Reporter};
 use crate::loader::Loader;
 use crate::service::Service;
 
@@ -78,13 +80,15 @@ pub enum StartError {
     Threads(String),
 }
 
-/// Starts a node and returns once it is a member; it then loads what is placed on it. `shutdown` asks it to leave.
+/// Starts a node and returns once it is a member; it then loads what is placed on it. `shutdown` asks it to leave, which
+/// it does once its experts are served elsewhere.
 pub async fn start(
     config: Config,
     args: NodeArgs,
     store: Arc<dyn Store>,
     shutdown: CancellationToken,
 ) -> Result<Running, StartError> {
+    let started = Instant::now();
     let id = NodeId::new(&args.id)?;
     let keys = Keys::new(&args.cluster)?;
     let folder = config.model.clone();
@@ -117,15 +121,24 @@ pub async fn start(
         model: Some(checkpoint.identity().clone()),
     };
     let health = Health::new("expert-node", &args.id);
-    let registration =
-        Registration::open(Arc::clone(&store), &keys.member(Role::Expert, &id), &to_json(&member), LEASE_TTL).await?;
+    let member_key = keys.member(Role::Expert, &id);
+    let registration = Registration::open(Arc::clone(&store), &member_key, &to_json(&member), LEASE_TTL).await?;
     let mirror = Mirror::start(store, keys.prefix()).await?;
     tracing::info!(%id, grpc = %grpc_at, model = %member.model.as_ref().map(|m| m.fingerprint.short()).unwrap_or_default(), "joined");
 
     let held = Arc::new(ArcSwap::from_pointee(Held::new()));
-    let (batcher, compute) = Batcher::start(Arc::clone(&held), pool)?;
+    let counters = Arc::new(Counters::new(checkpoint.spec().num_hidden_layers));
+    let (batcher, compute) = Batcher::start(Arc::clone(&held), Arc::clone(&counters), pool)?;
     let tasks = TaskTracker::new();
+    let states = ClusterState::follow(&mirror, &keys, &tasks);
     let registration = Arc::new(registration);
+    let (leave, grace) = (CancellationToken::new(), Duration::from_secs(args.drain_s));
+    let reporter =
+        Reporter { node: id.clone(), incarnation: member.incarnation, started, counters, batcher: batcher.clone() };
+    tasks.spawn(reporter.run(states.clone(), leave.clone()));
+    let departure =
+        Departure { member: (member_key, member), registration: Arc::clone(&registration), patience: grace };
+    tasks.spawn(departure.run(states.clone(), shutdown, leave.clone()));
     let loader = Loader {
         id: id.clone(),
         keys: keys.clone(),
@@ -135,16 +148,16 @@ pub async fn start(
         health: health.clone(),
         progress: !config.no_progress,
     };
-    tasks.spawn(loader.run(ClusterState::follow(&mirror, &keys, &tasks), shutdown.clone()));
+    tasks.spawn(loader.run(states, leave.clone()));
     let service = Service {
         id,
         model: Arc::new(checkpoint.identity().clone()),
         held,
         batcher,
         tasks: tasks.clone(),
-        shutdown: shutdown.clone(),
+        leave: leave.clone(),
     };
-    let life = Life { registration, mirror, tasks, compute, shutdown, grace: Duration::from_secs(args.drain_s) };
+    let life = Life { registration, mirror, tasks, compute, leave, grace };
     let life = tokio::spawn(life.run(service, (grpc, http), health.clone()));
     Ok(Running { id: args.id, grpc: grpc_at, http: http_at, health, life: AbortOnDropHandle::new(life) })
 }
@@ -155,12 +168,13 @@ struct Life {
     mirror: Mirror,
     tasks: TaskTracker,
     compute: std::thread::JoinHandle<()>,
-    shutdown: CancellationToken,
+    /// Cancelled once the node may leave.
+    leave: CancellationToken,
     grace: Duration,
 }
 
 impl Life {
-    /// Serves until the shutdown, then finishes what is under way, leaves the cluster and ends.
+    /// Serves until the node may leave, then finishes what is under way, leaves the cluster and ends.
     async fn run(
         self,
         service: Service,
@@ -173,11 +187,11 @@ impl Life {
         let services = Services::default().with(expert);
         let switch = services.health();
         let health_reports = AbortOnDropHandle::new(tokio::spawn(switch.follow(health.subscribe())));
-        self.tasks.spawn(http::serve(http, health.clone(), self.shutdown.clone()));
-        let served = services.serve(grpc, self.shutdown.clone(), self.grace).await;
+        self.tasks.spawn(http::serve(http, health.clone(), self.leave.clone()));
+        let served = services.serve(grpc, self.leave.clone(), self.grace).await;
 
         health.not_ready("stopping");
-        self.shutdown.cancel();
+        self.leave.cancel();
         self.mirror.close().await;
         self.tasks.close();
         drop(health_reports);

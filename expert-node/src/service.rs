@@ -28,7 +28,8 @@ pub(crate) struct Service {
     pub(crate) batcher: Batcher,
     /// Owns the tasks of open streams.
     pub(crate) tasks: TaskTracker,
-    pub(crate) shutdown: CancellationToken,
+    /// Ends open streams.
+    pub(crate) leave: CancellationToken,
 }
 
 #[sirocco_proto::tonic::async_trait]
@@ -85,7 +86,7 @@ impl Service {
                         return;
                     }
                 }
-                () = self.shutdown.cancelled(), if open => open = false,
+                () = self.leave.cancelled(), if open => open = false,
             }
         }
     }

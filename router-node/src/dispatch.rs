@@ -1,7 +1,8 @@
 //! The experts of a layer, wherever they are: groups a batch's rows by node, asks all nodes at once, and puts what comes
 //! back where it belongs. The weighted sum is then taken in each token's own top-k order, never in the order of arrival.
 //!
-//! Rows that a node could not answer go to another replica, or wait for a placement that has one, until time is up.
+//! Rows that a node could not answer go to another replica, or wait for a placement that has one, until time is up. Which
+//! replica computes what is for [`crate::replicas`] to say.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -16,6 +17,8 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::connection::Connection;
+use crate::load::ExpertCounts;
+use crate::replicas::{Demand, assign, least_asked};
 use crate::topology::Topology;
 
 /// Waits between attempts: the first, and the longest after doubling.
@@ -29,16 +32,20 @@ pub(crate) struct RemoteExperts {
     pub(crate) hidden_size: usize,
     /// How long one layer may wait for its experts, re-placement included.
     pub(crate) timeout: Duration,
+    /// Routed tokens, each counted once for each of its experts, however often they are asked.
+    pub(crate) tokens: Arc<ExpertCounts>,
+    /// Choices made among the replicas of each expert.
+    pub(crate) turns: Arc<ExpertCounts>,
 }
 
-/// One expert's rows that are still missing.
+/// Rows of one expert that are still missing.
 #[derive(Debug)]
 struct Missing {
     expert: ExpertId,
     /// Where its rows belong: `token * top_k + rank`.
     slots: Vec<usize>,
-    /// Nodes asked so far; the next attempt prefers the replica after the last one.
-    attempts: usize,
+    /// Nodes asked so far, in this order; the next attempt prefers another.
+    asked: Vec<NodeId>,
     /// Why the last attempt failed.
     refusal: Option<Refusal>,
 }
@@ -59,11 +66,14 @@ impl Experts for RemoteExperts {
         let mut missing: Vec<Missing> = routing
             .by_expert()
             .into_iter()
-            .map(|(expert, slots)| Missing { expert, slots, attempts: 0, refusal: None })
+            .map(|(expert, slots)| Missing { expert, slots, asked: Vec::new(), refusal: None })
             .collect();
+        for part in &missing {
+            self.tokens.add(ExpertKey { layer, expert: part.expert }, part.slots.len() as u64);
+        }
         loop {
             let current = Arc::clone(&topology.borrow_and_update());
-            let (shares, unreachable) = share(layer, missing, &current);
+            let (shares, unreachable) = share(layer, missing, &current, &self.turns);
             missing = unreachable;
             let calls = shares.into_iter().map(|share| self.ask(share, layer, hidden, routing.top_k, deadline));
             for (parts, result) in join_all(calls).await {
@@ -127,25 +137,35 @@ impl RemoteExperts {
     }
 }
 
-/// Deals `missing` to the nodes that serve it; what no known node serves comes back.
-fn share(layer: LayerId, missing: Vec<Missing>, topology: &Topology) -> (Vec<Share>, Vec<Missing>) {
-    let mut shares: BTreeMap<NodeId, Share> = BTreeMap::new();
-    let mut unreachable = Vec::new();
+/// Deals `missing` to the nodes that serve it; what no known node serves comes back. `turns` counts the choices.
+fn share(
+    layer: LayerId,
+    missing: Vec<Missing>,
+    topology: &Topology,
+    turns: &ExpertCounts,
+) -> (Vec<Share>, Vec<Missing>) {
+    let (mut parts, mut demands, mut unreachable) = (Vec::new(), Vec::new(), Vec::new());
     for mut part in missing {
-        let replicas: Vec<_> = topology.replicas(ExpertKey { layer, expert: part.expert }).collect();
+        let key = ExpertKey { layer, expert: part.expert };
+        let replicas = least_asked(topology.replicas(key), &part.asked);
         if replicas.is_empty() {
             part.refusal.get_or_insert_with(|| Refusal::new(RefusalReason::NotHeld, "no expert node serves it"));
             unreachable.push(part);
             continue;
         }
-        let (node, connection) = replicas[part.attempts % replicas.len()];
-        part.attempts += 1;
-        let share = shares.entry(node.clone()).or_insert_with(|| Share {
-            node: node.clone(),
-            connection: Arc::clone(connection),
-            parts: Vec::new(),
-        });
-        share.parts.push(part);
+        demands.push(Demand { rows: part.slots.len(), replicas, turn: turns.add(key, 1) });
+        parts.push(part);
+    }
+    let mut shares: BTreeMap<&NodeId, Share> = BTreeMap::new();
+    for (mut part, pieces) in parts.into_iter().zip(assign(&demands)) {
+        for (node, rows) in pieces {
+            let share = shares.entry(node).or_insert_with(|| Share {
+                node: node.clone(),
+                connection: Arc::clone(topology.connection(node)),
+                parts: Vec::new(),
+            });
+            share.parts.push(part.take(rows, node));
+        }
     }
     (shares.into_values().collect(), unreachable)
 }
@@ -187,6 +207,18 @@ fn place(
 }
 
 impl Missing {
+    /// Takes the first `rows` of its slots away, for `node` to be asked.
+    fn take(&mut self, rows: usize, node: &NodeId) -> Self {
+        let rest = self.slots.split_off(rows);
+        let asked = self.asked.iter().chain([node]).cloned().collect();
+        Self {
+            expert: self.expert,
+            slots: std::mem::replace(&mut self.slots, rest),
+            asked,
+            refusal: self.refusal.clone(),
+        }
+    }
+
     /// Still missing because of `refusal`; an error when that is final.
     fn refused(mut self, refusal: Refusal) -> Result<Self, ExpertsError> {
         use RefusalReason::{Corrupt, DeadlineExceeded, Internal, Invalid, NotHeld, Unavailable, WrongModel};
@@ -214,12 +246,16 @@ fn describe(layer: LayerId, missing: &[Missing], timeout: Duration) -> String {
 
 #[cfg(test)]
 mod tests {
+    use tokio_util::task::TaskTracker;
+
     use super::*;
+    use crate::load::tests::spec;
+    use crate::topology::tests::topology;
 
     const HIDDEN: usize = 2;
 
     fn part(expert: u32, slots: &[usize]) -> Missing {
-        Missing { expert: ExpertId(expert), slots: slots.to_vec(), attempts: 1, refusal: None }
+        Missing { expert: ExpertId(expert), slots: slots.to_vec(), asked: Vec::new(), refusal: None }
     }
 
     fn outputs(experts: &[(u32, Result<(), Refusal>)], rows: Vec<f32>) -> ExpertOutputs {
@@ -271,11 +307,52 @@ mod tests {
         }
     }
 
+    #[tokio::test]
+    async fn a_retry_goes_to_another_replica_and_a_split_loses_no_row() {
+        let topology = topology(&[("a", None), ("b", None)], &TaskTracker::new());
+        let turns = ExpertCounts::new(&spec());
+        let ask = |parts| {
+            let (shares, unreachable) = share(LayerId(1), parts, &topology, &turns);
+            assert!(unreachable.is_empty());
+            shares
+        };
+        let slots: Vec<usize> = (0..32).map(|row| 3 * row).collect();
+        let halves = ask(vec![part(3, &slots)]);
+        assert_eq!(halves.iter().map(|share| share.node.as_str()).collect::<Vec<_>>(), ["a", "b"]);
+        let asked: Vec<usize> = halves.iter().flat_map(|share| &share.parts).flat_map(|p| p.slots.clone()).collect();
+        assert_eq!(asked, slots);
+
+        for half in halves {
+            let (first, parts) = (half.node, half.parts);
+            let second = ask(parts).pop().unwrap();
+            assert_ne!(second.node, first);
+            assert_eq!(second.parts[0].asked, [first, second.node.clone()]);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_token_is_counted_once_for_each_of_its_experts_however_often_they_are_asked() {
+        let tokens = Arc::new(ExpertCounts::new(&spec()));
+        let experts = RemoteExperts {
+            topology: watch::Sender::new(Arc::default()).subscribe(),
+            fingerprint: Fingerprint([7; 32]),
+            hidden_size: HIDDEN,
+            timeout: 3 * BACKOFF.0,
+            tokens: Arc::clone(&tokens),
+            turns: Arc::new(ExpertCounts::new(&spec())),
+        };
+        let routing = Routing { top_k: 2, experts: [3, 5, 5, 0].map(ExpertId).to_vec(), weights: vec![0.5; 4] };
+        let result = experts.forward(LayerId(1), &[0.0; 2 * HIDDEN], &routing).await;
+        assert!(matches!(result, Err(ExpertsError::Unavailable(_))));
+        assert_eq!(tokens.totals(), [[0; 8], [1, 0, 0, 1, 0, 2, 0, 0]]);
+    }
+
     #[test]
     fn an_expert_that_nobody_serves_is_named() {
-        let (shares, missing) = share(LayerId(2), vec![part(7, &[0])], &Topology::default());
+        let (shares, missing) =
+            share(LayerId(1), vec![part(7, &[0])], &Topology::default(), &ExpertCounts::new(&spec()));
         assert!(shares.is_empty());
-        let text = describe(LayerId(2), &missing, Duration::from_mins(1));
-        assert_eq!(text, "expert 7 of layer 2 did not answer within 60 s: no expert node serves it");
+        let text = describe(LayerId(1), &missing, Duration::from_mins(1));
+        assert_eq!(text, "expert 7 of layer 1 did not answer within 60 s: no expert node serves it");
     }
 }

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use sirocco_compute::{Pool, cpu_description};
 use sirocco_model::{Checkpoint, CheckpointError, KvCache, Model, Tokenizer, TokenizerError};
@@ -22,6 +22,7 @@ use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 use crate::api::Api;
 use crate::dispatch::RemoteExperts;
 use crate::engine::{Engine, EngineLimits, Parts};
+use crate::load::{ExpertCounts, Reporter};
 use crate::topology::{self, Topology};
 
 const MAX_SEQUENCES: u32 = 32;
@@ -121,6 +122,7 @@ pub async fn start(
     store: Arc<dyn Store>,
     shutdown: CancellationToken,
 ) -> Result<Running, StartError> {
+    let started = Instant::now();
     let id = NodeId::new(&args.id)?;
     let keys = Keys::new(&args.cluster)?;
     let grpc = bind("--grpc", config.grpc).await?;
@@ -163,11 +165,17 @@ pub async fn start(
     let states = ClusterState::follow(&mirror, &keys, &tasks);
     let (sender, topology) = watch::channel(Arc::new(Topology::default()));
     tasks.spawn(topology::follow(states.clone(), sender, connections.clone(), shutdown.clone()));
+    let tokens = Arc::new(ExpertCounts::new(&identity.spec));
+    let reporter =
+        Reporter { node: member.id.clone(), incarnation: member.incarnation, started, tokens: Arc::clone(&tokens) };
+    tasks.spawn(reporter.run(states.clone(), shutdown.clone()));
     let experts = RemoteExperts {
         topology: topology.clone(),
         fingerprint: identity.fingerprint,
         hidden_size: identity.spec.hidden_size,
         timeout: Duration::from_secs(config.expert_timeout_s),
+        tokens,
+        turns: Arc::new(ExpertCounts::new(&identity.spec)),
     };
     let parts = Parts { model, tokenizer: Arc::clone(&tokenizer), experts, limits };
     let (engine, engine_thread) = Engine::start(parts, tokio::runtime::Handle::current())?;

@@ -10,12 +10,24 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::connection::Connection;
+use crate::replicas::Replica;
+
+/// The speed of a node that does not say.
+const ORDINARY_SPEED: u32 = 100;
 
 /// What dispatch goes by.
 #[derive(Debug, Default)]
 pub(crate) struct Topology {
     placement: Placement,
-    nodes: HashMap<NodeId, Arc<Connection>>,
+    nodes: HashMap<NodeId, Node>,
+}
+
+/// An expert node whose address is known.
+#[derive(Clone, Debug)]
+struct Node {
+    connection: Arc<Connection>,
+    /// In percent of an ordinary node.
+    speed: u32,
 }
 
 impl Topology {
@@ -25,12 +37,18 @@ impl Topology {
     }
 
     /// The nodes that serve `key`, preferred first. One whose address is not known is left out.
-    pub(crate) fn replicas(&self, key: ExpertKey) -> impl Iterator<Item = (&NodeId, &Arc<Connection>)> {
-        self.placement.replicas(key).iter().filter_map(|node| Some((node, self.nodes.get(node)?)))
+    pub(crate) fn replicas(&self, key: ExpertKey) -> impl Iterator<Item = Replica<'_>> {
+        let nodes = self.placement.replicas(key).iter();
+        nodes.filter_map(|node| Some(Replica { node, speed: self.nodes.get(node)?.speed }))
+    }
+
+    /// The connection to `node`, one of those that [`Topology::replicas`] gave.
+    pub(crate) fn connection(&self, node: &NodeId) -> &Arc<Connection> {
+        &self.nodes[node].connection
     }
 
     /// The topology after `state`. Connections whose node still answers at the same address are kept; a node that has left
-    /// the store but is still in the placement keeps its last one, because serving outlives the control plane.
+    /// the store but is still in the placement is kept as it was, because serving outlives the control plane.
     fn next(&self, state: &ClusterState, tasks: &TaskTracker) -> Self {
         let Some(placement) = state.serving() else {
             return Self { placement: self.placement.clone(), nodes: self.nodes.clone() };
@@ -41,13 +59,19 @@ impl Topology {
                 continue;
             }
             let known = self.nodes.get(node);
-            let connection = match (state.member(Role::Expert, node), known) {
-                (Some(member), Some(known)) if member.grpc == known.address() => Arc::clone(known),
-                (Some(member), _) => Arc::new(Connection::open(node.clone(), member.grpc.clone(), tasks)),
-                (None, Some(known)) => Arc::clone(known),
+            let next = match (state.member(Role::Expert, node), known) {
+                (Some(member), known) => {
+                    let same = known.filter(|known| known.connection.address() == member.grpc);
+                    let connection = same.map_or_else(
+                        || Arc::new(Connection::open(node.clone(), member.grpc.clone(), tasks)),
+                        |known| Arc::clone(&known.connection),
+                    );
+                    Node { connection, speed: member.speed.unwrap_or(ORDINARY_SPEED).max(1) }
+                }
+                (None, Some(known)) => known.clone(),
                 (None, None) => continue,
             };
-            nodes.insert(node.clone(), connection);
+            nodes.insert(node.clone(), next);
         }
         Self { placement: placement.clone(), nodes }
     }
@@ -70,5 +94,71 @@ pub(crate) async fn follow(
             () = shutdown.cancelled() => return,
             changed = state.changed() => if changed.is_err() { return },
         }
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use sirocco_store::{Keys, to_json};
+    use sirocco_types::{
+        EpochRef, ExpertId, Fingerprint, LayerId, LayerPlacement, Member, MemberState, ModelIdentity, PlacementKind,
+    };
+
+    use super::*;
+    use crate::load::tests::spec;
+
+    /// A state in which every expert of [`spec`] is served by each of `nodes`, given with their speeds.
+    pub(crate) fn state(nodes: &[(&str, Option<u32>)]) -> ClusterState {
+        let keys = Keys::new("demo").unwrap();
+        let ids: Vec<NodeId> = nodes.iter().map(|(name, _)| NodeId::new(name).unwrap()).collect();
+        let model = ModelIdentity { name: "tiny".into(), fingerprint: Fingerprint([7; 32]), spec: spec() };
+        let layer = to_json(&LayerPlacement { experts: vec![ids.clone(); model.spec.num_local_experts] });
+        let mut entries = vec![
+            (keys.model(), to_json(&model)),
+            (keys.layer(Epoch(1), LayerId(0)), layer.clone()),
+            (keys.layer(Epoch(1), LayerId(1)), layer),
+            (keys.placement(PlacementKind::Serving), to_json(&EpochRef { epoch: Epoch(1), leader: "c".into() })),
+        ];
+        entries.extend(ids.into_iter().zip(nodes).map(|(id, (name, speed))| {
+            let member = Member {
+                id: id.clone(),
+                role: Role::Expert,
+                state: MemberState::Ready,
+                grpc: format!("{name}:1"),
+                http: format!("{name}:2"),
+                version: "0.1.0".into(),
+                incarnation: 1,
+                zone: None,
+                device: None,
+                capacity_bytes: None,
+                speed: *speed,
+                max_experts_per_layer: None,
+                serving_epoch: None,
+                model: None,
+            };
+            (keys.member(Role::Expert, &id), to_json(&member))
+        }));
+        let prefix = keys.prefix().len();
+        ClusterState::read(entries.iter().map(|(key, value)| (&key[prefix..], value.as_str(), 1)))
+    }
+
+    /// The topology of [`state`].
+    pub(crate) fn topology(nodes: &[(&str, Option<u32>)], tasks: &TaskTracker) -> Topology {
+        Topology::default().next(&state(nodes), tasks)
+    }
+
+    #[tokio::test]
+    async fn a_node_that_changes_its_speed_keeps_its_connection_and_one_that_has_left_stays_as_it_was() {
+        let key = ExpertKey { layer: LayerId(1), expert: ExpertId(3) };
+        let tasks = TaskTracker::new();
+        let speeds = |topology: &Topology| topology.replicas(key).map(|replica| replica.speed).collect::<Vec<_>>();
+        let first = topology(&[("a", Some(100)), ("b", None)], &tasks);
+        assert_eq!(speeds(&first), [100, ORDINARY_SPEED]);
+        let faster = first.next(&state(&[("a", Some(250)), ("b", Some(0))]), &tasks);
+        assert_eq!(speeds(&faster), [250, 1]);
+        let a = NodeId::new("a").unwrap();
+        assert!(Arc::ptr_eq(first.connection(&a), faster.connection(&a)));
+        let headless = faster.next(&ClusterState::default(), &tasks);
+        assert_eq!(speeds(&headless), [250, 1]);
     }
 }
