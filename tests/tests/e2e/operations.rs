@@ -12,14 +12,15 @@ use crate::commands::{sirocco, up};
 /// A cluster of four expert nodes in one process.
 struct Cluster {
     _process: Process,
+    router: String,
     /// One address at which nothing answers, then the coordinator's.
     coordinators: String,
 }
 
 impl Cluster {
     fn start() -> Self {
-        let (process, _, coordinator) = up(&["--expert-nodes", "4"]);
-        Self { _process: process, coordinators: format!("127.0.0.1:1,{coordinator}") }
+        let (process, router, coordinator) = up(&["--expert-nodes", "4"]);
+        Self { _process: process, router, coordinators: format!("127.0.0.1:1,{coordinator}") }
     }
 
     /// Exit status, standard output, standard error.
@@ -79,6 +80,31 @@ fn every_view_is_there_for_people_and_programs() {
     assert_eq!(cluster.json("top --once")["nodes"].as_array().unwrap().len(), 4);
     assert_eq!(cluster.json("placement history")[0]["serving"], true);
     assert_eq!(cluster.json("status")["imbalance"], 0.0);
+}
+
+#[test]
+fn what_is_generated_shows_as_load() {
+    let cluster = Cluster::start();
+    let generate = ["generate", "Il nome del file", "--router", &cluster.router, "--max-tokens", "48"];
+    let numbers = |value: &Value| value.as_array().unwrap().iter().filter_map(Value::as_f64).sum::<f64>();
+    let load = wait_for("every layer and node to be loaded", || {
+        // What a node has counted before its first report is not known as a rate, so one completion may not be enough.
+        let (code, _, stderr) = sirocco(&generate);
+        assert_eq!(code, Some(0), "{stderr}");
+        let load = cluster.json("load");
+        let (layers, nodes) = (load["layers"].as_array().unwrap(), load["nodes"].as_array().unwrap());
+        let tokens = layers.iter().filter(|layer| numbers(&layer["tokens_per_s"]) > 0.0).count();
+        let busy = nodes.iter().filter(|node| node["rows_per_s"].as_f64() > Some(0.0)).count();
+        Ok(((tokens, busy) == (4, 4)).then_some(load))
+    });
+    assert_eq!(load.unwrap()["live"], true);
+    let (_, map, _) = cluster.run("load --layer 3");
+    assert!(map.contains("layer 3") && !map.contains("layer 2") && map.contains("expert-2"), "{map}");
+    let (code, _, stderr) = cluster.run("load --layer 9");
+    assert!(code == Some(1) && stderr.contains("layer: 9, the model has 4"), "{stderr}");
+    let top = cluster.json("top --once");
+    let hottest = &top["hottest"][0];
+    assert!(hottest["times_even"].as_f64() > Some(1.0) && hottest["nodes"][0].is_string(), "{top}");
 }
 
 #[test]
