@@ -80,7 +80,7 @@ impl Coordinators {
                 Ok(Err(status)) if is_lost(&status) => silent.push(lost(address, &status)),
                 Ok(Err(status)) if status.code() == Code::Unavailable => unavailable = Some(refused(address, &status)),
                 Ok(Err(status)) => return Err(refused(address, &status)),
-                Err(_) => silent.push(format!("{address}: no answer within {} s", QUESTION.as_secs())),
+                Err(_) => silent.push(format!("coordinator {address}: no answer within {} s", QUESTION.as_secs())),
             }
         }
         Err(unavailable.unwrap_or_else(|| unreachable(&silent)))
@@ -105,7 +105,7 @@ impl Coordinators {
                 Ok(Ok(answer)) => Ok(answer),
                 Ok(Err(status)) if is_lost(&status) => anyhow::bail!("{}; {unknown}", lost(address, &status)),
                 Ok(Err(status)) => Err(refused(address, &status)),
-                Err(_) => anyhow::bail!("{address}: no answer within {} s; {unknown}", ORDER.as_secs()),
+                Err(_) => anyhow::bail!("coordinator {address}: no answer within {} s; {unknown}", ORDER.as_secs()),
             };
         }
         Err(unreachable(&silent))
