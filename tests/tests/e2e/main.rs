@@ -4,5 +4,6 @@
 mod commands;
 mod goldens;
 mod lifecycle;
+mod operations;
 mod services;
 mod support;
