@@ -11,5 +11,6 @@ mod node;
 pub mod plan;
 mod problems;
 mod reconcile;
+pub mod simulate;
 
 pub use node::{Config, StartError, start};

@@ -6,6 +6,7 @@ mod cluster;
 mod generate;
 mod inspect;
 mod output;
+mod simulate;
 mod up;
 
 use std::path::PathBuf;
@@ -46,6 +47,8 @@ enum Command {
     /// Look at a checkpoint
     #[command(subcommand)]
     Model(inspect::Command),
+    /// Simulate the planner without nodes: how it balances and what it moves
+    Simulate(simulate::Args),
     /// Write a shell's completion script
     Completions {
         /// The shell
@@ -105,6 +108,7 @@ async fn ask(command: Command) -> anyhow::Result<()> {
         Command::Experts(args) => cluster::experts(args).await,
         Command::Placement(command) => cluster::placement(command).await,
         Command::Model(command) => inspect::run(&command),
+        Command::Simulate(args) => simulate::run(&args),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "sirocco", &mut std::io::stdout());
             Ok(())
