@@ -37,6 +37,7 @@ mod pack;
 pub(crate) mod placement;
 #[cfg(test)]
 mod properties;
+mod recount;
 mod require;
 mod search;
 mod serve;
