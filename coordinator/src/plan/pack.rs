@@ -58,8 +58,8 @@ impl Lacking {
 
 /// Numbers of replicas beyond the required ones that are worth trying.
 ///
-/// No layer ends before its largest share does: the best number, by that bound and the rent, and twice that; when replicas
-/// cost nothing also as many as there is room for.
+/// No layer ends before its largest share does: the best number, by that bound and the rent, and twice that (beyond what no
+/// node's idling takes); when replicas cost nothing also as many as there is room for.
 fn extra_replicas(fleet: &Fleet<'_>, layer: &Layer<'_>, prices: Prices) -> Vec<usize> {
     let open = (0..layer.on.len()).filter(|&node| layer.room[node] > 0 || !layer.on[node].is_empty()).count();
     let places: usize = (0..layer.on.len()).map(|node| layer.room[node] as usize + layer.on[node].len()).sum();
@@ -80,7 +80,7 @@ fn extra_replicas(fleet: &Fleet<'_>, layer: &Layer<'_>, prices: Prices) -> Vec<u
         }
         shares.add();
     }
-    let mut numbers = vec![best.1, (best.1 * 2 + fleet.shape.experts / 16).min(most)];
+    let mut numbers = vec![best.1, (2 * best.1 - least + fleet.shape.experts / 16).min(most)];
     if prices.rent == 0 {
         numbers.push(most);
     }

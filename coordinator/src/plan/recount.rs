@@ -1,7 +1,7 @@
 //! How many replicas each expert should have, so that the largest share is as small as it can be.
 
 use std::cmp::Reverse;
-use std::collections::BinaryHeap;
+use std::collections::{BTreeSet, BinaryHeap};
 
 use super::layer::Layer;
 use super::steps::Change;
@@ -47,48 +47,111 @@ impl<'a, 'b> Shares<'a, 'b> {
     }
 }
 
-/// Changes, two for each, by which experts that have too few replicas take the places of replicas of experts that have
-/// too many, where the node is fastest afterwards. As many replicas as before are dealt, the largest shares first.
-pub(super) fn replacements(layer: &Layer<'_>) -> Vec<[Change; 2]> {
+/// Light nodes that a rotation considers.
+const LIGHT: usize = 24;
+
+/// Steps by which experts that have too few replicas take the places of replicas of experts that have too many, the
+/// largest shares first; as many replicas remain as there were.
+///
+/// Where such a place would leave the node slower than the layer's slowest, a light node takes part: it gives one of its
+/// experts to the place that became free and takes the replica.
+pub(super) fn steps(layer: &Layer<'_>) -> Vec<Vec<Change>> {
     let mut shares = Shares::required(layer);
     let required: u64 = shares.counts.iter().sum();
-    for _ in required..layer.replicas {
-        shares.add();
-    }
+    (required..layer.replicas).for_each(|_| shares.add());
     let wanted = shares.counts;
-    let experts = || 0..layer.holders.len() as u32;
+    let mut missing: Vec<(u64, u32)> = Vec::new();
     let mut surplus: Vec<(u32, u32)> = Vec::new();
-    for expert in experts().filter(|&expert| layer.count(expert) > wanted[expert as usize].max(1)) {
-        surplus.extend(layer.holders[expert as usize].iter().map(|&node| (expert, node)));
+    for (expert, &wanted) in (0..).zip(&wanted) {
+        let present = layer.count(expert);
+        if present > wanted {
+            surplus.extend(layer.holders[expert as usize].iter().map(|&node| (expert, node)));
+        } else if present > 0 {
+            missing.extend((present..wanted).map(|_| (layer.share(expert, wanted), expert)));
+        }
     }
-    let mut left: Vec<u64> =
-        experts().map(|expert| layer.count(expert).saturating_sub(wanted[expert as usize])).collect();
-    let mut missing: Vec<u32> = Vec::new();
-    for expert in experts().filter(|&expert| layer.count(expert) > 0) {
-        let more = wanted[expert as usize].saturating_sub(layer.count(expert));
-        missing.extend((0..more).map(|_| expert));
+    missing.sort_unstable_by_key(|&(share, expert)| (Reverse(share), expert));
+    let mut dealer = Dealer { layer, wanted, surplus, changed: BTreeSet::new() };
+    missing.into_iter().filter_map(|(share, expert)| dealer.place(expert, share)).collect()
+}
+
+struct Dealer<'a, 'b> {
+    layer: &'a Layer<'b>,
+    /// [experts]: how many replicas each should have.
+    wanted: Vec<u64>,
+    /// Replicas of experts that have too many: expert and node. A node occurs once in the steps, so each goes once.
+    surplus: Vec<(u32, u32)>,
+    changed: BTreeSet<u32>,
+}
+
+impl Dealer<'_, '_> {
+    /// The step that gives `expert` a replica with this share.
+    fn place(&mut self, expert: u32, share: u64) -> Option<Vec<Change>> {
+        let layer = self.layer;
+        let mut best: Option<(u64, Vec<Change>)> = None;
+        for &(other, node) in &self.surplus {
+            if !self.free(node) || !layer.spreads(other, Some(node), None) {
+                continue;
+            }
+            let rest = layer.raw[node as usize] - layer.present_share(other);
+            let arrival = layer.time_at(node, rest + share);
+            let better = best.as_ref().is_none_or(|(peak, _)| arrival < *peak);
+            if better && !layer.holds(node, expert) && layer.spreads(expert, None, Some(node)) {
+                best = Some((arrival, vec![Change::Unload(other, node), Change::Load(expert, node)]));
+            }
+        }
+        if best.as_ref().is_none_or(|(peak, _)| *peak >= layer.top()) {
+            self.rotate(expert, share, &mut best);
+        }
+        let (_, step) = best?;
+        for change in &step {
+            let (Change::Load(expert, node) | Change::Unload(expert, node)) = *change;
+            self.changed.insert(node);
+            let surplus = matches!(change, Change::Unload(..)) && layer.count(expert) > self.wanted[expert as usize];
+            if surplus && !step.iter().any(|change| matches!(change, Change::Load(moved, _) if *moved == expert)) {
+                self.wanted[expert as usize] += 1;
+            }
+        }
+        let (layer, wanted) = (self.layer, &self.wanted);
+        self.surplus.retain(|&(other, _)| layer.count(other) > wanted[other as usize]);
+        Some(step)
     }
-    missing.sort_by_key(|&expert| (Reverse(layer.share(expert, wanted[expert as usize])), expert));
-    let mut changed = std::collections::BTreeSet::new();
-    let mut changes = Vec::new();
-    for expert in missing {
-        let share = layer.share(expert, wanted[expert as usize]);
-        let time = |&(other, node): &(u32, u32)| {
-            let raw = layer.raw[node as usize] + share - layer.present_share(other);
-            (layer.time_at(node, raw), node, other)
-        };
-        let may = |&(other, node): &(u32, u32)| {
-            left[other as usize] > 0
-                && !changed.contains(&node)
-                && !layer.closed(node)
-                && !layer.holds(node, expert)
-                && layer.spreads(other, Some(node), None)
-                && layer.spreads(expert, None, Some(node))
-        };
-        let Some((other, node)) = surplus.iter().copied().filter(may).min_by_key(time) else { continue };
-        left[other as usize] -= 1;
-        changed.insert(node);
-        changes.push([Change::Unload(other, node), Change::Load(expert, node)]);
+
+    /// Looks for a better step in which a light node takes the replica and gives an expert to where one became free.
+    fn rotate(&self, expert: u32, share: u64, best: &mut Option<(u64, Vec<Change>)>) {
+        let layer = self.layer;
+        let light: Vec<u32> = layer.order.iter().take(LIGHT).map(|&(.., node)| node).collect();
+        for &(other, node) in &self.surplus {
+            if !self.free(node) || !layer.spreads(other, Some(node), None) {
+                continue;
+            }
+            let rest = layer.raw[node as usize] - layer.present_share(other);
+            for &taker in
+                light.iter().filter(|&&taker| taker != node && self.free(taker) && !layer.holds(taker, expert))
+            {
+                for &given in layer.on[taker as usize].iter().filter(|&&given| !layer.holds(node, given)) {
+                    let back = layer.present_share(given);
+                    let taken = layer.time_at(taker, layer.raw[taker as usize] - back + share);
+                    let peak = taken.max(layer.time_at(node, rest + back));
+                    if best.as_ref().is_none_or(|(best, _)| peak < *best)
+                        && layer.spreads(given, Some(taker), Some(node))
+                        && layer.spreads(expert, None, Some(taker))
+                    {
+                        let step = vec![
+                            Change::Unload(other, node),
+                            Change::Unload(given, taker),
+                            Change::Load(given, node),
+                            Change::Load(expert, taker),
+                        ];
+                        *best = Some((peak, step));
+                    }
+                }
+            }
+        }
     }
-    changes
+
+    /// Whether `node` may take part in a step and has not yet.
+    fn free(&self, node: u32) -> bool {
+        !self.layer.closed(node) && !self.changed.contains(&node)
+    }
 }

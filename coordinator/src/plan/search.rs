@@ -54,7 +54,7 @@ fn walk(layer: &mut Layer<'_>, prices: Prices, budget: u64) -> Found {
     if found.gain > 0 {
         return found;
     }
-    let opening = recount::replacements(layer);
+    let opening = recount::steps(layer);
     if opening.is_empty() { found } else { Walk::new(layer, prices, budget).run(opening) }
 }
 
@@ -109,14 +109,14 @@ impl<'a, 'b> Walk<'a, 'b> {
     }
 
     /// Walks from `opening` on, or from the start if that is empty.
-    fn run(mut self, opening: Vec<[Change; 2]>) -> Found {
+    fn run(mut self, opening: Vec<Vec<Change>>) -> Found {
         let before = self.prices.potential(self.layer);
         let mut best = (before, 0, 0);
         let mut detours = 0;
         let mut opening = opening.into_iter();
         let longest = 4 * (self.layer.replicas as usize + self.layer.on.len());
         while self.changes.len() < longest {
-            let mut step = opening.next().map(|step| step.to_vec()).unwrap_or_default();
+            let mut step = opening.next().unwrap_or_default();
             if step.is_empty() {
                 step = steps::best(self.layer, self.prices);
             }
