@@ -3,6 +3,7 @@
 //! Hands every build the `protoc` that etcd-client's build script asks for. Never leaves a service running.
 #![forbid(unsafe_code)]
 
+mod bench;
 mod etcd;
 mod steps;
 mod up;
@@ -22,6 +23,8 @@ Commands:
   test           Check everything, as continuous integration does: formatting, lints, binaries, all tests, documentation.
                  Tests need etcd: SIROCCO_ETCD_BIN, else `etcd` on the path, else Debian's packages, which are installed
       --no-etcd-install   Fail when etcd is missing instead of installing it
+  bench NAME     Build the release binaries, measure and print figures beside their limits
+      plan       How long plans take, and how balanced they are (docs/simulation.md)
   help           Print this
 
 Exit status: 0 done, 1 failed, 2 usage; `up` ends with the status of `sirocco up`.
@@ -37,10 +40,13 @@ fn main() -> ExitCode {
         ["up", rest @ ..] => up::run(rest),
         ["test"] => steps::test(etcd::WhenMissing::Install),
         ["test", "--no-etcd-install"] => steps::test(etcd::WhenMissing::Fail),
-        ["help" | "--help" | "-h"] | ["test", "--help" | "-h"] => {
+        ["bench", name] if bench::find(name).is_some() => bench::run(name),
+        ["help" | "--help" | "-h"] | ["test" | "bench", "--help" | "-h"] => {
             print!("{HELP}");
             Ok(())
         }
+        ["bench"] => return usage("`bench` needs a name"),
+        ["bench", other, ..] => return usage(&format!("there is no benchmark {other:?}")),
         [] => return usage("a command is missing"),
         ["test", other, ..] => return usage(&format!("`test` has no argument {other:?}")),
         [other, ..] => return usage(&format!("there is no command {other:?}")),
