@@ -82,9 +82,11 @@ impl Cluster {
         Ok(())
     }
 
-    /// Starts one more expert node; returns when it listens.
-    pub fn add_expert(&mut self, model: &Path) -> Result<()> {
-        self.experts.push(self.launcher.expert(self.experts.len(), model)?.listening()?);
+    /// Starts `count` expert nodes more; returns when they listen.
+    pub fn add_experts(&mut self, count: usize, model: &Path) -> Result<()> {
+        let first = self.experts.len();
+        let new = listening((first..first + count).map(|index| self.launcher.expert(index, model)))?;
+        self.experts.extend(new);
         Ok(())
     }
 
