@@ -2,6 +2,7 @@
 //!
 //! Pure. The digest of the inputs is kept with every placement, so that any leader can tell whether it still fits.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt::Write as _;
 
@@ -13,7 +14,11 @@ use sirocco_types::{
 };
 
 use crate::load::{LoadSnapshot, TOKENS_PER_EXPERT};
-use crate::plan::{self, Knobs, Layout, PlanNode, Problem, Shape};
+use crate::plan::measure::balances;
+use crate::plan::{Knobs, Layout, Plan, PlanNode, Problem, Shape, Why, plan};
+
+/// While the load is unknown no replica is made for its sake: one would have to save a whole layer's ideal time.
+const UNKNOWN_LOAD: Knobs = Knobs { move_cost: 2_000, replica_rent: 1_000_000, max_moved_bytes: None };
 
 /// Everything a placement depends on.
 #[derive(Clone, Debug)]
@@ -132,46 +137,50 @@ impl Inputs {
     /// Plans a placement. Takes up to seconds with thousands of nodes. While the load is unknown only what serving needs is
     /// moved; otherwise at most `max_moved_bytes` more for balance's sake.
     pub(crate) fn plan(&self, max_moved_bytes: Option<u64>) -> Planned {
-        let uniform = vec![1; self.shape.layers * self.shape.experts];
         let previous = self.previous.as_ref().map(|placement| self.layout(placement));
-        let loads = self.loads.as_ref().unwrap_or(&uniform);
-        let knobs = if self.knows_load() { Knobs::default() } else { Knobs::only_what_is_needed() };
-        let plan = plan::plan(&Problem {
+        let knobs = Knobs { max_moved_bytes, ..if self.knows_load() { Knobs::default() } else { UNKNOWN_LOAD } };
+        let plan = plan(&Problem {
             shape: self.shape,
             nodes: &self.nodes,
-            loads,
+            loads: &self.loads_or_even(),
             min_replicas: &self.min_replicas,
             previous: previous.as_ref(),
-            knobs: Knobs { max_moved_bytes, ..knobs },
+            knobs,
         });
-        self.planned(&plan.layout, Vec::new(), Vec::new())
+        let Plan { layout, unserved, short, crowded } = plan;
+        let unserved = unserved.into_iter().map(|(index, why)| (self.key(index), because(why)));
+        let few = short
+            .into_iter()
+            .map(|(index, missing)| format!("{} has {missing} replicas less than it must have", self.key(index)));
+        let crowded = crowded.into_iter().map(|index| format!("{} has several replicas in one zone", self.key(index)));
+        let short = few.chain(crowded).collect();
+        Planned { unserved: unserved.collect(), short, ..self.planned(&layout) }
     }
 
     /// `placement`, which holds only nodes that are planned for, as a plan.
     pub(crate) fn brought_back(&self, placement: &Placement) -> Planned {
-        self.planned(&self.layout(placement), Vec::new(), Vec::new())
+        self.planned(&self.layout(placement))
     }
 
-    fn planned(&self, layout: &Layout, unserved: Vec<(ExpertKey, String)>, short: Vec<String>) -> Planned {
-        let uniform = vec![1; self.shape.layers * self.shape.experts];
-        let loads = self.loads.as_ref().unwrap_or(&uniform);
+    fn planned(&self, layout: &Layout) -> Planned {
+        let loads = self.loads_or_even();
         let before = self.previous.as_ref().map(|placement| self.layout(placement));
         let moves = self.moves(layout);
         Planned {
             moved_bytes: moves.len() as u64 * self.shape.expert_bytes,
             moves,
-            imbalance_before: before.map_or(0.0, |layout| self.mean_imbalance(loads, &layout)),
-            imbalance_after: self.mean_imbalance(loads, layout),
+            imbalance_before: before.map_or(0.0, |layout| self.mean_imbalance(&loads, &layout)),
+            imbalance_after: self.mean_imbalance(&loads, layout),
             layers: self.placement(layout),
-            unserved,
-            short,
+            unserved: Vec::new(),
+            short: Vec::new(),
         }
     }
 
     /// The experts that nodes load for `layout`, each with a node that gives it up, while there is one.
     fn moves(&self, layout: &Layout) -> Vec<Move> {
         let mut moves = Vec::new();
-        for (index, now) in layout.replicas.iter().enumerate() {
+        for (index, now) in layout.holders.iter().enumerate() {
             let key = self.key(index);
             let now: Vec<&NodeId> = now.iter().map(|&node| &self.ids[node as usize]).collect();
             let before = self.previous.as_ref().map_or(&[][..], |placement| placement.replicas(key));
@@ -184,7 +193,7 @@ impl Inputs {
 
     fn placement(&self, layout: &Layout) -> Vec<LayerPlacement> {
         let nodes = |replicas: &Vec<u32>| replicas.iter().map(|&node| self.ids[node as usize].clone()).collect();
-        let layers = layout.replicas.chunks(self.shape.experts);
+        let layers = layout.holders.chunks(self.shape.experts.max(1));
         layers.map(|experts| LayerPlacement { experts: experts.iter().map(nodes).collect() }).collect()
     }
 
@@ -201,19 +210,26 @@ impl Inputs {
     }
 
     fn mean_imbalance(&self, loads: &[u64], layout: &Layout) -> f64 {
-        let _ = (loads, layout);
-        1.0
+        let layers = balances(self.shape, &self.nodes, loads, layout);
+        layers.iter().map(|layer| layer.imbalance()).sum::<f64>() / layers.len().max(1) as f64
+    }
+
+    fn loads_or_even(&self) -> Cow<'_, [u64]> {
+        match &self.loads {
+            Some(loads) => Cow::Borrowed(loads),
+            None => Cow::Owned(vec![1; self.shape.total()]),
+        }
     }
 
     /// `placement` as the planner sees it, nodes that are not planned for left out.
     fn layout(&self, placement: &Placement) -> Layout {
         let indices: HashMap<&NodeId, u32> = self.ids.iter().zip(0..).collect();
-        let replicas = placement.iter().map(|(_, nodes)| {
+        let holders = placement.iter().map(|(_, nodes)| {
             let mut replicas: Vec<u32> = nodes.iter().filter_map(|node| indices.get(node).copied()).collect();
             replicas.sort_unstable();
             replicas
         });
-        Layout { replicas: replicas.collect() }
+        Layout { holders: holders.collect() }
     }
 }
 
@@ -269,6 +285,19 @@ fn digest(model: &ModelIdentity, members: &[Member], nodes: &[PlanNode], min_rep
         let _ = write!(text, "{byte:02x}");
         text
     })
+}
+
+/// Why an expert has no node, a sentence.
+fn because(why: Why) -> String {
+    match why {
+        Why::NoNode => "no node takes experts".to_owned(),
+        Why::Memory { missing_bytes } => format!("{missing_bytes} bytes of capacity are missing"),
+        Why::Slots { missing_slots } => {
+            format!(
+                "nodes with memory hold as many experts of the layer as they may; {missing_slots} slots are missing"
+            )
+        }
+    }
 }
 
 /// The weights as integers; none while a layer has too few tokens to tell its experts apart.

@@ -12,7 +12,7 @@ use sirocco_proto::wire::inference::generate_response::Event;
 use sirocco_types::{Timings, Usage};
 
 use crate::Unreachable;
-use crate::output::{Format, print_one};
+use crate::output::{self, Format};
 
 /// Flags of `generate`.
 #[derive(Debug, clap::Args)]
@@ -98,7 +98,7 @@ pub(crate) async fn run(args: Args) -> Result<()> {
         println!();
         return Ok(());
     }
-    print_one(args.output, &completion, String::new)
+    output::print(&output::one(args.output, &completion, String::new)?)
 }
 
 /// Has the router at `address` complete `prompt`; `text` gets each piece of the text as it comes.

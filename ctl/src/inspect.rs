@@ -8,7 +8,7 @@ use sirocco_model::{Checkpoint, Tokenizer};
 use sirocco_types::ModelIdentity;
 
 use crate::bundled;
-use crate::output::{Format, bytes, column, print_one, table};
+use crate::output::{self, Format, bytes, column, table};
 
 /// What to do with a checkpoint.
 #[derive(Debug, clap::Subcommand)]
@@ -35,7 +35,7 @@ struct Inspection {
 
 /// Runs the command.
 pub(crate) fn run(command: &Command) -> Result<()> {
-    let Command::Inspect { folder, output } = command;
+    let Command::Inspect { folder, output: format } = command;
     let folder = match folder {
         Some(folder) => folder.clone(),
         None => bundled::folder()?,
@@ -50,7 +50,7 @@ pub(crate) fn run(command: &Command) -> Result<()> {
         expert_bytes: spec.expert_bytes(),
         all_experts_bytes: spec.expert_bytes() * spec.experts().count() as u64,
     };
-    print_one(*output, &inspection, || text(&inspection))
+    output::print(&output::one(*format, &inspection, || text(&inspection))?)
 }
 
 fn text(inspection: &Inspection) -> String {

@@ -6,7 +6,10 @@ mod cluster;
 mod generate;
 mod inspect;
 mod output;
+mod terminal;
+mod time;
 mod up;
+mod watch;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -34,15 +37,8 @@ enum Command {
     Up(Box<up::Args>),
     /// Complete a prompt
     Generate(generate::Args),
-    /// Show how the cluster is
-    Status(cluster::Query),
-    /// List the nodes
-    Nodes(cluster::Query),
-    /// List the experts and where they are
-    Experts(cluster::ExpertsArgs),
-    /// Show which expert is placed where
-    #[command(subcommand)]
-    Placement(cluster::PlacementCommand),
+    #[command(flatten)]
+    Cluster(cluster::Command),
     /// Look at a checkpoint
     #[command(subcommand)]
     Model(inspect::Command),
@@ -89,21 +85,20 @@ async fn run(command: Command, shutdown: CancellationToken) -> anyhow::Result<()
     if let Command::Up(args) = command {
         return up::run(*args, shutdown).await;
     }
+    // In this order, so that a command that ends by itself when it is interrupted can do so.
     tokio::select! {
-        result = ask(command) => result,
+        biased;
+        result = ask(command, &shutdown) => result,
         () = shutdown.cancelled() => Err(anyhow::anyhow!("interrupted")),
     }
 }
 
-/// The commands that ask something and end by themselves.
-async fn ask(command: Command) -> anyhow::Result<()> {
+/// The commands that ask something; `shutdown` is the usual end of those that do so again and again.
+async fn ask(command: Command, shutdown: &CancellationToken) -> anyhow::Result<()> {
     match command {
         Command::Up(_) => unreachable!("it has been taken care of"),
         Command::Generate(args) => generate::run(args).await,
-        Command::Status(query) => cluster::status(query).await,
-        Command::Nodes(query) => cluster::nodes(query).await,
-        Command::Experts(args) => cluster::experts(args).await,
-        Command::Placement(command) => cluster::placement(command).await,
+        Command::Cluster(command) => cluster::run(command, shutdown).await,
         Command::Model(command) => inspect::run(&command),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "sirocco", &mut std::io::stdout());

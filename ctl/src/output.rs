@@ -36,27 +36,33 @@ pub(crate) const fn wide(title: &'static str) -> Column {
     Column { title, wide: true }
 }
 
-/// Prints `items`: as they are for programs, through `row` (one text per column) for people.
-pub(crate) fn print_list<T: Serialize>(
+/// `items`: as they are for programs, through `row` (one text per column) for people.
+pub(crate) fn list<T: Serialize>(
     format: Format,
     columns: &[Column],
     items: &[T],
     row: impl Fn(&T) -> Vec<String>,
-) -> Result<()> {
-    match format {
-        Format::Table | Format::Wide => {
-            let rows: Vec<Vec<String>> = items.iter().map(row).collect();
-            print_text(&table(columns, &rows, format == Format::Wide))
-        }
-        Format::Json | Format::Yaml => print_document(format, &items),
-    }
+) -> Result<String> {
+    one(format, &items, || {
+        let rows: Vec<Vec<String>> = items.iter().map(row).collect();
+        table(columns, &rows, format == Format::Wide)
+    })
 }
 
-/// Prints `item`: as it is for programs, as `text` for people.
-pub(crate) fn print_one<T: Serialize>(format: Format, item: &T, text: impl FnOnce() -> String) -> Result<()> {
-    match format {
-        Format::Table | Format::Wide => print_text(&text()),
-        Format::Json | Format::Yaml => print_document(format, item),
+/// `item`: as it is for programs, as `text` for people.
+pub(crate) fn one<T: Serialize>(format: Format, item: &T, text: impl FnOnce() -> String) -> Result<String> {
+    Ok(match format {
+        Format::Table | Format::Wide => text(),
+        Format::Json => serde_json::to_string_pretty(item)?,
+        Format::Yaml => serde_saphyr::to_string(item)?.trim_end().to_owned(),
+    })
+}
+
+/// Prints a text and a line's end. A reader that has gone (`| head`) is no failure.
+pub(crate) fn print(text: &str) -> Result<()> {
+    match writeln!(std::io::stdout(), "{text}") {
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        result => Ok(result?),
     }
 }
 
@@ -92,20 +98,24 @@ pub(crate) fn bytes(bytes: u64) -> String {
     format!("{value:.1} {}", UNITS[unit])
 }
 
-fn print_document<T: Serialize>(format: Format, document: &T) -> Result<()> {
-    let text = match format {
-        Format::Yaml => serde_saphyr::to_string(document)?,
-        _ => serde_json::to_string_pretty(document)?,
-    };
-    print_text(text.trim_end())
+/// `names` with commas between, or a dash when there are none.
+pub(crate) fn names(names: &[String]) -> String {
+    if names.is_empty() { "-".to_owned() } else { names.join(", ") }
 }
 
-/// Prints a text and a line's end. A reader that has gone (`| head`) is no failure.
-fn print_text(text: &str) -> Result<()> {
-    match writeln!(std::io::stdout(), "{text}") {
-        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
-        result => Ok(result?),
-    }
+/// A count with its noun.
+pub(crate) fn count(number: u64, noun: &str) -> String {
+    format!("{number} {noun}{}", if number == 1 { "" } else { "s" })
+}
+
+/// How uneven a load is: 1 is perfect, and 0 says that it is not known.
+pub(crate) fn imbalance(value: f64) -> String {
+    if value > 0.0 { format!("{value:.2}") } else { "-".to_owned() }
+}
+
+/// A rate: to a tenth while it is small.
+pub(crate) fn rate(value: f64) -> String {
+    if value < 99.95 { format!("{value:.1}") } else { format!("{value:.0}") }
 }
 
 #[cfg(test)]

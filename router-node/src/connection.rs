@@ -81,7 +81,8 @@ async fn run(node: NodeId, address: String, mut calls: mpsc::Receiver<(DispatchR
     }
 }
 
-/// Carries calls over `stream`, `first` foremost, until no handle is left or it breaks. Returns why it broke.
+/// Carries calls over `stream`, `first` foremost, until no handle is left, the node leaves with everything answered, or the
+/// stream breaks. Returns why it broke.
 async fn drive(
     mut stream: Stream,
     first: (DispatchRequest, Answer),
@@ -114,6 +115,7 @@ async fn drive(
                     }
                 }
                 Some(Err(status)) => break status.message().to_owned(),
+                None if stream.waiting.is_empty() => return None,
                 None => break "the node closed it".to_owned(),
             },
         }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use sirocco_proto::channel;
+use sirocco_proto::channel::{self, MAX_MESSAGE_BYTES};
 use sirocco_proto::cluster::ClusterServiceClient;
 use sirocco_proto::tonic::metadata::MetadataValue;
 use sirocco_proto::tonic::transport::Channel;
@@ -41,7 +41,8 @@ impl Api {
         let mut passed_on = Request::new(request.get_ref().clone());
         passed_on.metadata_mut().insert(PASSED_ON, MetadataValue::from_static("1"));
         passed_on.set_timeout(PATIENCE);
-        Ok(Some((ClusterServiceClient::new(channel), passed_on)))
+        let client = ClusterServiceClient::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
+        Ok(Some((client, passed_on)))
     }
 
     /// Has this coordinator, which leads, decide on `request`.

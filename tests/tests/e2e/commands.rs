@@ -8,14 +8,14 @@ use sirocco_testkit::process::Process;
 use sirocco_testkit::repository;
 
 /// Runs `sirocco` to its end: exit status, standard output, standard error.
-fn sirocco(args: &[&str]) -> (Option<i32>, String, String) {
+pub(crate) fn sirocco(args: &[&str]) -> (Option<i32>, String, String) {
     let mut process = Process::start("sirocco", args, &[]).unwrap();
     let status = process.wait().unwrap();
     (status.code(), process.stdout(), process.stderr())
 }
 
 /// A cluster in one process, on free ports: the process, the router's and the coordinator's address.
-fn up(args: &[&str]) -> (Process, String, String) {
+pub(crate) fn up(args: &[&str]) -> (Process, String, String) {
     let free = ["--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0"];
     let coordinator = ["--coordinator-grpc", "127.0.0.1:0", "--coordinator-http", "127.0.0.1:0"];
     let mut process = Process::start("sirocco", &[&["up"], args, &free, &coordinator].concat(), &[]).unwrap();

@@ -5,5 +5,6 @@ mod commands;
 mod control;
 mod goldens;
 mod lifecycle;
+mod operations;
 mod services;
 mod support;
