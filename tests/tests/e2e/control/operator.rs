@@ -9,9 +9,11 @@ use sirocco_proto::tonic::transport::Channel;
 use sirocco_proto::tonic::{Code, Response, Status};
 use sirocco_proto::wire::cluster as wire;
 use sirocco_proto::wire::cluster::operate_request::Action;
+use sirocco_testkit::PATIENCE;
 use sirocco_testkit::cluster::{Cluster, Node};
+use tokio::time::Instant;
 
-use super::until;
+use super::{POLL, until};
 
 /// Who the records say has asked.
 pub(super) const BY: &str = "tester@e2e";
@@ -112,21 +114,20 @@ impl Operator {
 
     /// Asks one coordinator after the other until one answers. Refusals that time heals count as no answer.
     async fn ask<T>(&self, call: impl AsyncFn(Client) -> Result<Response<T>, Status>) -> T {
-        until("a coordinator to answer", async || {
+        let began = Instant::now();
+        loop {
             let address = &self.addresses[self.next.fetch_add(1, Ordering::Relaxed) % self.addresses.len()];
             let asked = async {
-                let channel =
-                    channel::connect(address).await.map_err(|error| Status::unavailable(error.to_string()))?;
+                let channel = channel::connect(address).await.map_err(|error| Status::unavailable(error.to_string()))?;
                 call(ClusterServiceClient::new(channel)).await
             };
-            match tokio::time::timeout(ANSWER_TIMEOUT, asked).await {
-                Ok(Ok(response)) => Some(response.into_inner()),
-                Ok(Err(status)) if passes(&status) => None,
-                Ok(Err(status)) => panic!("{status}"),
-                Err(_) => None,
+            let answer = tokio::time::timeout(ANSWER_TIMEOUT, asked).await;
+            match answer.unwrap_or_else(|_| Err(Status::deadline_exceeded("no answer"))) {
+                Ok(response) => return response.into_inner(),
+                Err(status) if passes(&status) && began.elapsed() < PATIENCE => tokio::time::sleep(POLL).await,
+                Err(status) => panic!("after {:?}: {status}", began.elapsed()),
             }
-        })
-        .await
+        }
     }
 }
 

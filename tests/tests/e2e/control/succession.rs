@@ -41,6 +41,8 @@ impl Succession {
         .await;
         let dead = self.kill_leader(cluster).await;
         cluster.routers[0].process.signal(Signal::CONT).unwrap();
+        // Those that are back listen elsewhere.
+        let operator = Operator::of(cluster);
         self.takeovers.push(dead.replaced(&operator).await);
         let ended = operator.ended(running.id).await;
         assert_ne!(ended.leader, dead.id, "it was over before its leader was killed: {ended:?}");
