@@ -9,7 +9,7 @@ use std::fmt::Write as _;
 use sha2::{Digest as _, Sha256};
 use sirocco_store::ClusterState;
 use sirocco_types::{
-    ExpertId, ExpertKey, LayerId, LayerPlacement, Member, MemberState, MinReplicas, ModelIdentity, Move, NodeId,
+    Bytes, ExpertId, ExpertKey, LayerId, LayerPlacement, Member, MemberState, MinReplicas, ModelIdentity, Move, NodeId,
     Placement, Role,
 };
 
@@ -291,7 +291,7 @@ fn digest(model: &ModelIdentity, members: &[Member], nodes: &[PlanNode], min_rep
 fn because(why: Why) -> String {
     match why {
         Why::NoNode => "no node takes experts".to_owned(),
-        Why::Memory { missing_bytes } => format!("{missing_bytes} bytes of capacity are missing"),
+        Why::Memory { missing_bytes } => format!("{} of capacity are missing", Bytes(missing_bytes)),
         Why::Slots { missing_slots } => {
             format!(
                 "nodes with memory hold as many experts of the layer as they may; {missing_slots} slots are missing"

@@ -18,7 +18,7 @@ use sirocco_process::chain;
 use sirocco_store::{
     ClusterState, Keys, LEADER_TTL, Leadership, Lease, MAX_TXN_OPS, Op, Revision, Store, StoreError, Txn, campaign,
 };
-use sirocco_types::{NodeId, OperationKind, OperationState};
+use sirocco_types::{Bytes, NodeId, OperationKind, OperationState};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -240,7 +240,7 @@ impl Candidate {
         else {
             return Ok(Step::Wait(Some(RETRY)));
         };
-        let detail = format!("{why}: {} experts, {} bytes", planned.moves.len(), planned.moved_bytes);
+        let detail = format!("{why}: {} experts, {}", planned.moves.len(), Bytes(planned.moved_bytes));
         let operation = begin(state, OperationKind::Place, self.id.as_str(), detail, &signature);
         self.write(publish(state, &inputs, planned, operation, &signature), &term.leadership).await
     }

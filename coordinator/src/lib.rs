@@ -15,6 +15,7 @@ pub mod plan;
 mod problems;
 mod rebalance;
 mod reconcile;
+pub mod simulate;
 #[cfg(test)]
 mod testing;
 

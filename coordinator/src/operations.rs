@@ -4,7 +4,7 @@
 
 use sirocco_store::ClusterState;
 use sirocco_types::{
-    Cordon, Epoch, ExpertId, ExpertKey, LayerId, LayerPlacement, MinReplicas, NodeId, Operation, OperationKind,
+    Bytes, Cordon, Epoch, ExpertId, ExpertKey, LayerId, LayerPlacement, MinReplicas, NodeId, Operation, OperationKind,
     OperationState, Placement, Role,
 };
 
@@ -183,8 +183,10 @@ impl Asker<'_> {
             return Err(Refusal::NotNow(format!("epoch {epoch} has {key} on {nodes}, which cannot take it now")));
         }
         let planned = inputs.brought_back(&back);
-        let detail =
-            format!("{}; automatic rebalancing rests until the next rebalance", summary(&planned, "brought back"));
+        let detail = format!(
+            "{}; automatic rebalancing rests until a rebalance is asked for or nodes change",
+            summary(&planned, "brought back")
+        );
         let operation = self.begin(OperationKind::Rollback, &epoch.to_string(), detail);
         let actions = publish(self.state, &inputs, planned, operation.clone(), self.signature);
         Ok(Decision { operation, actions, planned: None }.published())
@@ -271,8 +273,8 @@ fn no_model() -> Refusal {
 /// What a plan moves and gains, a sentence.
 pub(crate) fn summary(planned: &Planned, why: &str) -> String {
     let Planned { moves, moved_bytes, imbalance_before, imbalance_after, .. } = planned;
-    let experts = moves.len();
-    format!("{experts} experts, {moved_bytes} bytes, imbalance {imbalance_before:.2} -> {imbalance_after:.2}, {why}")
+    let (experts, bytes) = (moves.len(), Bytes(*moved_bytes));
+    format!("{experts} experts, {bytes}, imbalance {imbalance_before:.2} -> {imbalance_after:.2}, {why}")
 }
 
 /// Errors: `NotFound` when there is no expert node called `node`, which `field` named.

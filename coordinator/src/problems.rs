@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use sirocco_store::ClusterState;
-use sirocco_types::{ExpertKey, NodeId, Role};
+use sirocco_types::{Bytes, ExpertKey, NodeId, Role};
 
 use crate::reconcile::{has_usable_nodes, missing};
 
@@ -47,10 +47,9 @@ pub(crate) fn problems(state: &ClusterState) -> Vec<String> {
     if let Some(target) = state.target() {
         let unplaced: Vec<ExpertKey> = target.unplaced().collect();
         if let Some(first) = unplaced.first() {
-            let bytes = unplaced.len() as u64 * model.spec.expert_bytes();
+            let bytes = Bytes(unplaced.len() as u64 * model.spec.expert_bytes());
             let count = more(unplaced.len());
-            problems
-                .push(format!("no expert node has memory for {first}{count}: {bytes} bytes of capacity are missing"));
+            problems.push(format!("no expert node has memory for {first}{count}: {bytes} of capacity are missing"));
         }
         let total = model.spec.num_hidden_layers * model.spec.num_local_experts;
         let loading = missing(state, target).count();

@@ -226,7 +226,7 @@ fn progress(state: &ClusterState, operation: &Operation, signature: &Signature) 
 }
 
 /// Whether nothing depends on `node`: neither serving nor any live router's placement has an expert on it.
-fn is_free(state: &ClusterState, node: &NodeId) -> bool {
+pub(crate) fn is_free(state: &ClusterState, node: &NodeId) -> bool {
     let followed = state.members(Role::Router).filter_map(|router| state.epoch(router.serving_epoch?));
     state.serving().into_iter().chain(followed).all(|placement| placement.experts_on(node).next().is_none())
 }

@@ -5,10 +5,10 @@ use std::path::PathBuf;
 use anyhow::Result;
 use serde::Serialize;
 use sirocco_model::{Checkpoint, Tokenizer};
-use sirocco_types::ModelIdentity;
+use sirocco_types::{Bytes, ModelIdentity};
 
 use crate::bundled;
-use crate::output::{self, Format, bytes, column, table};
+use crate::output::{self, Format, column, table};
 
 /// What to do with a checkpoint.
 #[derive(Debug, clap::Subcommand)]
@@ -60,7 +60,7 @@ fn text(inspection: &Inspection) -> String {
         ("folder", inspection.folder.display().to_string()),
         ("fingerprint", inspection.identity.fingerprint.to_string()),
         ("family", spec.model_type.clone()),
-        ("files", bytes(inspection.file_bytes)),
+        ("files", Bytes(inspection.file_bytes).to_string()),
         ("layers", spec.num_hidden_layers.to_string()),
         ("hidden size", spec.hidden_size.to_string()),
         (
@@ -71,8 +71,8 @@ fn text(inspection: &Inspection) -> String {
             ),
         ),
         ("experts", format!("{} a layer, {} for each token", spec.num_local_experts, spec.num_experts_per_tok)),
-        ("expert", format!("{} wide, {}", spec.intermediate_size, bytes(inspection.expert_bytes))),
-        ("all experts", bytes(inspection.all_experts_bytes)),
+        ("expert", format!("{} wide, {}", spec.intermediate_size, Bytes(inspection.expert_bytes))),
+        ("all experts", Bytes(inspection.all_experts_bytes).to_string()),
         ("vocabulary", spec.vocab_size.to_string()),
         ("context", format!("{} tokens", spec.max_position_embeddings)),
         ("weights", spec.dtype.to_string()),

@@ -6,6 +6,7 @@ mod cluster;
 mod generate;
 mod inspect;
 mod output;
+mod simulate;
 mod terminal;
 mod time;
 mod up;
@@ -42,6 +43,8 @@ enum Command {
     /// Look at a checkpoint
     #[command(subcommand)]
     Model(inspect::Command),
+    /// Simulate the planner without nodes: how it balances and what it moves
+    Simulate(simulate::Args),
     /// Write a shell's completion script
     Completions {
         /// The shell
@@ -100,6 +103,7 @@ async fn ask(command: Command, shutdown: &CancellationToken) -> anyhow::Result<(
         Command::Generate(args) => generate::run(args).await,
         Command::Cluster(command) => cluster::run(command, shutdown).await,
         Command::Model(command) => inspect::run(&command),
+        Command::Simulate(args) => simulate::run(&args),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "sirocco", &mut std::io::stdout());
             Ok(())

@@ -83,21 +83,6 @@ pub(crate) fn table(columns: &[Column], rows: &[Vec<String>], all: bool) -> Stri
     table.trim_fmt()
 }
 
-/// `bytes` in the unit a person would choose.
-pub(crate) fn bytes(bytes: u64) -> String {
-    const UNITS: [&str; 4] = ["KiB", "MiB", "GiB", "TiB"];
-    if bytes < 1024 {
-        return format!("{bytes} B");
-    }
-    let mut value = bytes as f64 / 1024.0;
-    let mut unit = 0;
-    while value >= 1024.0 && unit + 1 < UNITS.len() {
-        value /= 1024.0;
-        unit += 1;
-    }
-    format!("{value:.1} {}", UNITS[unit])
-}
-
 /// `names` with commas between, or a dash when there are none.
 pub(crate) fn names(names: &[String]) -> String {
     if names.is_empty() { "-".to_owned() } else { names.join(", ") }
@@ -128,13 +113,5 @@ mod tests {
         let rows = [vec!["expert-0".into(), "eu-1".into()]];
         assert!(!table(&columns, &rows, false).contains("eu-1"));
         assert!(table(&columns, &rows, true).contains("eu-1"));
-    }
-
-    #[test]
-    fn bytes_are_written_in_a_unit_a_person_would_choose() {
-        let cases = [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (21_269_896, "20.3 MiB"), (5 << 40, "5.0 TiB")];
-        for (count, text) in cases {
-            assert_eq!(bytes(count), text);
-        }
     }
 }

@@ -36,17 +36,21 @@ pub async fn report<S>(
             }
             continue;
         };
+        // Whether there is a state to follow any more.
         let moved = async {
             loop {
-                if states.changed().await.is_err() || leader(&states.borrow_and_update()).as_ref() != Some(&address) {
-                    return;
+                if states.changed().await.is_err() {
+                    return false;
+                }
+                if leader(&states.borrow_and_update()).as_ref() != Some(&address) {
+                    return true;
                 }
             }
         };
         tokio::select! {
             () = shutdown.cancelled() => return,
             reason = stream(&address, &mut sample) => tracing::debug!(address, reason, "load reports broke off"),
-            () = moved => continue,
+            follows = moved => if follows { continue } else { return },
         }
         tokio::select! {
             () = shutdown.cancelled() => return,

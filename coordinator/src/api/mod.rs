@@ -49,7 +49,12 @@ impl ClusterService for Api {
     type WatchStream = Pin<Box<dyn Stream<Item = Result<wire::WatchResponse, Status>> + Send>>;
 
     async fn get_cluster(&self, _: Request<wire::GetClusterRequest>) -> Result<Response<wire::Cluster>, Status> {
-        Ok(Response::new(views::cluster(&self.cluster, &self.state(), *self.stale_since.borrow())))
+        Ok(Response::new(views::cluster(
+            &self.cluster,
+            &self.state(),
+            &self.loads.borrow(),
+            *self.stale_since.borrow(),
+        )))
     }
 
     async fn list_nodes(
@@ -173,10 +178,10 @@ impl ClusterService for Api {
     }
 
     async fn watch(&self, _: Request<wire::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
-        let (name, stale_since) = (self.cluster.clone(), self.stale_since.clone());
+        let (name, stale_since, loads) = (self.cluster.clone(), self.stale_since.clone(), self.loads.clone());
         let responses = WatchStream::new(self.states.clone()).map(move |state| {
             Ok(wire::WatchResponse {
-                cluster: Some(views::cluster(&name, &state, *stale_since.borrow())),
+                cluster: Some(views::cluster(&name, &state, &loads.borrow(), *stale_since.borrow())),
                 nodes: views::nodes(&state),
                 serving: state.serving().map(Into::into),
             })

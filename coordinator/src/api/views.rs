@@ -8,8 +8,14 @@ use tokio::time::Instant;
 use crate::inputs::Planned;
 use crate::load::LoadSnapshot;
 use crate::problems::problems;
+use crate::reconcile::is_free;
 
-pub(super) fn cluster(name: &str, state: &ClusterState, stale_since: Option<Instant>) -> wire::Cluster {
+pub(super) fn cluster(
+    name: &str,
+    state: &ClusterState,
+    loads: &LoadSnapshot,
+    stale_since: Option<Instant>,
+) -> wire::Cluster {
     let epoch = |placement: Option<&Placement>| placement.map_or(0, |placement| placement.epoch.0);
     let mut problems = problems(state);
     if let Some(since) = stale_since {
@@ -23,7 +29,7 @@ pub(super) fn cluster(name: &str, state: &ClusterState, stale_since: Option<Inst
         target_epoch: epoch(state.target()),
         serving_epoch: epoch(state.serving()),
         serving: state.serving().is_some(),
-        imbalance: LoadSnapshot::stored(state).imbalance(),
+        imbalance: if loads.layers.is_empty() { LoadSnapshot::stored(state).imbalance() } else { loads.imbalance() },
         problems,
     }
 }
@@ -40,7 +46,8 @@ fn node(state: &ClusterState, member: &Member) -> wire::Node {
     let holdings = state.holdings(&member.id);
     let refused = holdings.into_iter().flat_map(|holdings| &holdings.refused);
     let cordon = match state.cordon(&member.id) {
-        Some(cordon) if cordon.drain => "drained",
+        Some(cordon) if cordon.drain && is_free(state, &member.id) => "drained",
+        Some(cordon) if cordon.drain => "draining",
         Some(_) => "cordoned",
         None => "",
     };

@@ -51,6 +51,8 @@ pub(crate) struct LoadBook {
     nodes: BTreeMap<NodeId, NodeBook>,
     /// The placement under which rows were counted.
     serving: Epoch,
+    /// How long the book has been open.
+    open_for: Duration,
 }
 
 /// A router's last report.
@@ -109,23 +111,32 @@ impl LoadBook {
             pairs.map(|(&rate, &weight)| Average { new: 0.0, rate, weight }).collect()
         };
         let tokens = spec.layers().map(stored).collect();
-        Self { half_life, routers: HashMap::new(), tokens, nodes: BTreeMap::new(), serving: Epoch(0) }
+        Self {
+            half_life,
+            routers: HashMap::new(),
+            tokens,
+            nodes: BTreeMap::new(),
+            serving: Epoch(0),
+            open_for: Duration::ZERO,
+        }
     }
 
-    /// Takes in a report. A node's first one only says where its counters stand.
+    /// Takes in a report. The first one of a process that ran before the book was opened only says where its counters stand.
     ///
     /// Errors: `Invalid` when it does not fit the model.
     pub(crate) fn record(&mut self, report: LoadReport) -> Result<(), Invalid> {
         let (layers, experts) = (self.tokens.len(), self.tokens.first().map_or(0, Vec::len));
+        let all_is_new = Duration::from_micros(report.uptime_us) <= self.open_for;
         match &report.counters {
             LoadCounters::Router { tokens } => {
                 if tokens.len() != layers || tokens.iter().any(|layer| layer.len() != experts) {
                     let problem = format!("of {} layers, the model has {layers} of {experts} experts", tokens.len());
                     return Err(Invalid::new("router.layers", problem));
                 }
+                let nothing = vec![vec![0; experts]; layers];
                 let last = self.routers.get(&report.node).filter(|last| last.incarnation == report.incarnation);
-                if let Some(last) = last {
-                    for ((averages, now), before) in self.tokens.iter_mut().zip(tokens).zip(&last.tokens) {
+                if let Some(last) = last.map(|last| &last.tokens).or_else(|| all_is_new.then_some(&nothing)) {
+                    for ((averages, now), before) in self.tokens.iter_mut().zip(tokens).zip(last) {
                         for ((average, now), before) in averages.iter_mut().zip(now).zip(before) {
                             average.new += now.saturating_sub(*before) as f64;
                         }
@@ -150,6 +161,7 @@ impl LoadBook {
 
     /// Lets `passed` go by, and forgets nodes that have left `state`.
     pub(crate) fn tick(&mut self, passed: Duration, state: &ClusterState) {
+        self.open_for += passed;
         let serving = state.serving().map_or(Epoch(0), |serving| serving.epoch);
         if serving != self.serving {
             self.serving = serving;
@@ -363,12 +375,23 @@ mod tests {
     }
 
     #[test]
-    fn a_router_that_starts_again_is_not_counted_twice() {
+    fn a_router_that_starts_again_is_not_counted_twice_and_a_new_one_from_its_start() {
         let state = cluster().state();
         let mut book = book(&state);
-        book.record(router(0, [1000, 0, 0, 0])).unwrap();
-        book.record(LoadReport { incarnation: 2, ..router(0, [5000, 0, 0, 0]) }).unwrap();
-        book.record(LoadReport { incarnation: 2, ..router(1, [5010, 0, 0, 0]) }).unwrap();
+        book.record(router(60, [9000, 0, 0, 0])).unwrap();
+        book.tick(SECOND, &state);
+        book.record(LoadReport { incarnation: 2, ..router(0, [7, 0, 0, 0]) }).unwrap();
+        book.record(LoadReport { incarnation: 2, ..router(1, [10, 0, 0, 0]) }).unwrap();
+        book.tick(SECOND, &state);
+        assert_eq!(book.snapshot(&state, "c", 1).layers[0].weight[..1], [10.0]);
+    }
+
+    #[test]
+    fn what_a_router_counted_before_the_book_was_opened_is_not_counted() {
+        let state = cluster().state();
+        let mut book = book(&state);
+        book.record(router(50, [5000, 0, 0, 0])).unwrap();
+        book.record(router(51, [5010, 0, 0, 0])).unwrap();
         book.tick(SECOND, &state);
         assert_eq!(book.snapshot(&state, "c", 1).layers[0].weight[..1], [10.0]);
     }

@@ -37,7 +37,10 @@ fn a_drain_for_which_there_is_no_room_is_refused_with_what_is_missing() {
     }
     cluster.settle();
     let refusal = refused(&mut cluster, &Request::Drain(id("a")));
-    assert!(refusal.contains("without a nobody could hold") && refusal.contains("bytes"), "{refusal}");
+    assert!(
+        refusal.contains("without a nobody could hold") && refusal.contains("of capacity are missing"),
+        "{refusal}"
+    );
     cluster.entries.leave("b");
     assert!(refused(&mut cluster, &Request::Drain(id("a"))).contains("only expert node"));
 }

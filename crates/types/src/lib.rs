@@ -3,6 +3,7 @@
 //! Wire and storage formats are made of these: the proto crate converts them to protobuf, the store keeps them as JSON.
 #![forbid(unsafe_code)]
 
+mod bytes;
 mod ids;
 mod load;
 mod member;
@@ -12,6 +13,7 @@ mod placement;
 mod routing;
 mod sampling;
 
+pub use bytes::Bytes;
 pub use ids::{Epoch, ExpertId, ExpertKey, LayerId, NodeId, NodeIdError};
 pub use load::{LayerLoad, LoadCounters, LoadReport, NodeLoad};
 pub use member::{Device, ExpertHoldings, Member, MemberState, RefusedExpert, Role};

@@ -5,7 +5,9 @@ use serde::Serialize;
 use sirocco_proto::wire::cluster as wire;
 
 use super::Query;
-use crate::output::{self, bytes, column, imbalance, wide};
+use sirocco_types::Bytes;
+
+use crate::output::{self, column, imbalance, wide};
 use crate::time;
 
 /// A placement's record, as shown to people and programs.
@@ -49,7 +51,7 @@ pub(super) async fn view(query: &Query) -> Result<String> {
             about.kind.clone(),
             about.leader.clone(),
             about.moves.to_string(),
-            bytes(about.moved_bytes),
+            Bytes(about.moved_bytes).to_string(),
             format!("{} -> {}", imbalance(about.imbalance_before), imbalance(about.imbalance_after)),
             about.marks().to_owned(),
             about.operation.to_string(),

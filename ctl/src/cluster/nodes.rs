@@ -6,7 +6,9 @@ use sirocco_proto::wire::cluster as wire;
 
 use super::Query;
 use super::client::Coordinators;
-use crate::output::{self, Column, bytes, column, wide};
+use sirocco_types::Bytes;
+
+use crate::output::{self, Column, column, wide};
 
 /// A node, as shown to people and programs.
 #[derive(Serialize)]
@@ -79,8 +81,8 @@ impl NodeView {
             self.grpc.clone(),
             self.http.clone(),
             of_experts(format!("{}/{}", self.experts, self.target_experts)),
-            of_experts(bytes(self.weight_bytes)),
-            of_experts(bytes(self.capacity_bytes)),
+            of_experts(Bytes(self.weight_bytes).to_string()),
+            of_experts(Bytes(self.capacity_bytes).to_string()),
             of_experts(format!("{}%", self.speed)),
             of_experts(self.max_experts_per_layer.map_or("any".to_owned(), |slots| slots.to_string())),
             self.zone.clone(),

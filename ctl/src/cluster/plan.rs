@@ -8,7 +8,9 @@ use sirocco_proto::wire::cluster as wire;
 
 use super::placement::PlacementView;
 use super::{Query, nodes};
-use crate::output::{self, Format, bytes, column, count, imbalance, table};
+use sirocco_types::Bytes;
+
+use crate::output::{self, Format, column, count, imbalance, table};
 
 /// Moves that a table shows unless it is wide.
 const SHOWN: usize = 20;
@@ -150,7 +152,7 @@ impl PlanView {
         format!(
             "{}, {}, predicted imbalance {} -> {}",
             count(self.moves.len() as u64, "move"),
-            bytes(self.moved_bytes),
+            Bytes(self.moved_bytes),
             imbalance(self.imbalance_before),
             imbalance(self.imbalance_after)
         )

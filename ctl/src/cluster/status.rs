@@ -6,7 +6,9 @@ use sirocco_proto::wire::cluster as wire;
 
 use super::Query;
 use super::client::Coordinators;
-use crate::output::{self, bytes, imbalance};
+use sirocco_types::Bytes;
+
+use crate::output::{self, imbalance};
 
 /// A cluster, as shown to people and programs.
 #[derive(Serialize)]
@@ -57,7 +59,7 @@ impl ClusterView {
                 model.model_type,
                 model.layers,
                 model.experts_per_layer,
-                bytes(model.expert_bytes),
+                Bytes(model.expert_bytes),
                 model.experts_per_token,
                 &model.fingerprint[..model.fingerprint.len().min(12)],
             )
