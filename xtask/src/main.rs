@@ -3,6 +3,7 @@
 //! Hands every build the `protoc` that etcd-client's build script asks for. Never leaves a service running.
 #![forbid(unsafe_code)]
 
+mod control;
 mod etcd;
 mod steps;
 mod up;
@@ -22,6 +23,8 @@ Commands:
   test           Check everything, as continuous integration does: formatting, lints, binaries, all tests, documentation.
                  Tests need etcd: SIROCCO_ETCD_BIN, else `etcd` on the path, else Debian's packages, which are installed
       --no-etcd-install   Fail when etcd is missing instead of installing it
+  bench NAME     Build for release, measure, and print figures beside their limits; fails when one is missed
+      control    Joins, drains and takeovers on a real etcd under load, and how often etcd is written
   help           Print this
 
 Exit status: 0 done, 1 failed, 2 usage; `up` ends with the status of `sirocco up`.
@@ -37,10 +40,13 @@ fn main() -> ExitCode {
         ["up", rest @ ..] => up::run(rest),
         ["test"] => steps::test(etcd::WhenMissing::Install),
         ["test", "--no-etcd-install"] => steps::test(etcd::WhenMissing::Fail),
-        ["help" | "--help" | "-h"] | ["test", "--help" | "-h"] => {
+        ["bench", "control"] => control::run(),
+        ["help" | "--help" | "-h"] | ["test" | "bench", "--help" | "-h"] => {
             print!("{HELP}");
             Ok(())
         }
+        ["bench"] => return usage("`bench` needs a name"),
+        ["bench", other, ..] => return usage(&format!("there is no benchmark {other:?}")),
         [] => return usage("a command is missing"),
         ["test", other, ..] => return usage(&format!("`test` has no argument {other:?}")),
         [other, ..] => return usage(&format!("there is no command {other:?}")),

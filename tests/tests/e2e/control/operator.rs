@@ -118,7 +118,8 @@ impl Operator {
         loop {
             let address = &self.addresses[self.next.fetch_add(1, Ordering::Relaxed) % self.addresses.len()];
             let asked = async {
-                let channel = channel::connect(address).await.map_err(|error| Status::unavailable(error.to_string()))?;
+                let channel =
+                    channel::connect(address).await.map_err(|error| Status::unavailable(error.to_string()))?;
                 call(ClusterServiceClient::new(channel)).await
             };
             let answer = tokio::time::timeout(ANSWER_TIMEOUT, asked).await;

@@ -84,7 +84,7 @@ impl Succession {
 /// A leader that was killed.
 pub(super) struct Dead {
     pub(super) id: String,
-    at: Instant,
+    pub(super) at: Instant,
     /// The newest operation when it was killed.
     newest: u64,
 }
