@@ -20,74 +20,130 @@ pub struct Node {
     pub http: String,
 }
 
-/// A coordinator, a router and expert nodes, each a process. Dropping it kills them all.
+/// What a cluster starts with.
+#[derive(Clone, Debug)]
+pub struct Setup<'a> {
+    /// The cluster's name.
+    pub name: &'a str,
+    /// The routers' checkpoint folder.
+    pub router_model: &'a Path,
+    /// One expert node for each, with this checkpoint folder.
+    pub models: &'a [PathBuf],
+    /// How many coordinators.
+    pub coordinators: usize,
+    /// How many routers.
+    pub routers: usize,
+    /// Environment variables of every process, those that are started later included.
+    pub envs: &'a [(&'a str, &'a str)],
+}
+
+/// Coordinators, routers and expert nodes, each a process, called `coordinator-0`, `router-0`, `expert-0` and so on. Dropping it
+/// kills them all.
 #[derive(Debug)]
 pub struct Cluster {
-    /// Places the experts.
-    pub coordinator: Node,
-    /// Serves clients.
-    pub router: Node,
+    /// Place the experts.
+    pub coordinators: Vec<Node>,
+    /// Serve clients.
+    pub routers: Vec<Node>,
     /// Hold the experts.
     pub experts: Vec<Node>,
-    name: String,
-    etcd: String,
+    launcher: Launcher,
 }
 
 impl Cluster {
-    /// Starts a cluster called `name` with one expert node for each of `models`, a checkpoint folder each, and a router on
-    /// `router_model`; returns when the router is ready.
+    /// Starts a cluster called `name` with one coordinator, one router on `router_model` and one expert node for each of
+    /// `models`, a checkpoint folder each; returns when the router is ready.
     pub fn start(etcd: &Etcd, name: &str, router_model: &Path, models: &[PathBuf]) -> Result<Self> {
-        Self::start_with(etcd, name, router_model, models, &[])
+        let setup = Setup { name, router_model, models, coordinators: 1, routers: 1, envs: &[] };
+        Self::start_with(&etcd.endpoint(), &setup)
     }
 
-    /// As [`Cluster::start`], with environment variables for every process.
-    pub fn start_with(
-        etcd: &Etcd,
-        name: &str,
-        router_model: &Path,
-        models: &[PathBuf],
-        envs: &[(&str, &str)],
-    ) -> Result<Self> {
-        let etcd = etcd.endpoint();
-        let node = |program: &str, id: &str, model: Option<&Path>| Node::start(program, id, name, &etcd, model, envs);
-        let experts = models.iter().enumerate();
-        let experts = experts.map(|(index, model)| node("expert-node", &format!("expert-{index}"), Some(model)));
-        // The coordinator comes last, so that its first placement is for all the nodes.
-        let experts = experts.collect::<Result<_>>()?;
-        let router = node("router-node", "router-0", Some(router_model))?;
-        let coordinator = node("coordinator", "coordinator-0", None)?;
-        let mut cluster = Self { coordinator, router, experts, name: name.to_owned(), etcd: etcd.clone() };
-        cluster.router.process.wait_for_line("ready")?;
+    /// Starts a cluster on the etcd that listens at `etcd`; returns when all coordinators listen and all routers are ready.
+    pub fn start_with(etcd: &str, setup: &Setup<'_>) -> Result<Self> {
+        let owned = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
+        let envs = setup.envs.iter().map(owned).collect();
+        let launcher = Launcher { cluster: setup.name.to_owned(), etcd: etcd.to_owned(), envs };
+        let experts = setup.models.iter().enumerate();
+        let experts = listening(experts.map(|(index, model)| launcher.expert(index, model)))?;
+        let router = |index| launcher.begin("router-node", &format!("router-{index}"), Some(setup.router_model));
+        let routers = listening((0..setup.routers).map(router))?;
+        // The coordinators come last, so that the first placement is for all the nodes.
+        let coordinators = listening((0..setup.coordinators).map(|index| launcher.coordinator(index)))?;
+        let mut cluster = Self { coordinators, routers, experts, launcher };
+        for router in &mut cluster.routers {
+            router.process.wait_for_line("ready")?;
+        }
         Ok(cluster)
     }
 
     /// Starts expert node `index` again, under the id it had.
     pub fn restart_expert(&mut self, index: usize, model: &Path) -> Result<()> {
-        let id = format!("expert-{index}");
-        self.experts[index] = Node::start("expert-node", &id, &self.name, &self.etcd, Some(model), &[])?;
+        self.experts[index] = self.launcher.expert(index, model)?.listening()?;
         Ok(())
+    }
+
+    /// Starts `count` expert nodes more; returns when they listen.
+    pub fn add_experts(&mut self, count: usize, model: &Path) -> Result<()> {
+        let first = self.experts.len();
+        let new = listening((first..first + count).map(|index| self.launcher.expert(index, model)))?;
+        self.experts.extend(new);
+        Ok(())
+    }
+
+    /// Begins to start coordinator `index` again, under the id it had. Its predecessor's lease may have to end first.
+    pub fn begin_coordinator(&self, index: usize) -> Result<Starting> {
+        self.launcher.coordinator(index)
     }
 }
 
-impl Node {
-    /// Starts a node of a cluster and waits until it listens.
-    pub fn start(
-        program: &str,
-        id: &str,
-        cluster: &str,
-        etcd: &str,
-        model: Option<&Path>,
-        envs: &[(&str, &str)],
-    ) -> Result<Self> {
-        let mut args = vec!["--id", id, "--cluster", cluster, "--etcd", etcd];
+/// Starts nodes of one cluster.
+#[derive(Debug)]
+struct Launcher {
+    cluster: String,
+    etcd: String,
+    envs: Vec<(String, String)>,
+}
+
+impl Launcher {
+    fn coordinator(&self, index: usize) -> Result<Starting> {
+        self.begin("coordinator", &format!("coordinator-{index}"), None)
+    }
+
+    fn expert(&self, index: usize, model: &Path) -> Result<Starting> {
+        self.begin("expert-node", &format!("expert-{index}"), Some(model))
+    }
+
+    fn begin(&self, program: &str, id: &str, model: Option<&Path>) -> Result<Starting> {
+        let mut args = vec!["--id", id, "--cluster", &self.cluster, "--etcd", &self.etcd];
         args.extend(["--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0"]);
         if let Some(model) = model {
             args.extend(["--model", model.to_str().context("test paths are UTF-8")?]);
         }
-        let mut process = Process::start(program, &args, envs)?;
+        let envs: Vec<(&str, &str)> = self.envs.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+        Ok(Starting { id: id.to_owned(), process: Process::start(program, &args, &envs)? })
+    }
+}
+
+/// Starts all before it waits for the first.
+fn listening(nodes: impl Iterator<Item = Result<Starting>>) -> Result<Vec<Node>> {
+    let nodes: Vec<Starting> = nodes.collect::<Result<_>>()?;
+    nodes.into_iter().map(Starting::listening).collect()
+}
+
+/// A node that may not listen yet.
+#[derive(Debug)]
+pub struct Starting {
+    id: String,
+    process: Process,
+}
+
+impl Starting {
+    /// Waits until it listens.
+    pub fn listening(self) -> Result<Node> {
+        let Self { id, mut process } = self;
         let line = process.wait_for_line("listening ")?;
         let field = |name: &str| line.split(' ').find_map(|field| field.strip_prefix(name)).map(str::to_owned);
-        let (grpc, http) = field("grpc=").zip(field("http=")).with_context(|| format!("{program} prints {line:?}"))?;
-        Ok(Self { id: id.to_owned(), process, grpc, http })
+        let (grpc, http) = field("grpc=").zip(field("http=")).with_context(|| format!("{id} prints {line:?}"))?;
+        Ok(Node { id, process, grpc, http })
     }
 }

@@ -1,6 +1,9 @@
-//! A real etcd for a test: started on free ports with its own data, killed and reaped when dropped.
+//! A real etcd for a test: started on free ports with its own data, killed and reaped when dropped; and one of several members.
 //!
 //! A missing etcd is a failure that says how to install it, never a skip.
+
+mod cluster;
+pub mod ctl;
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -11,6 +14,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use tempfile::TempDir;
+
+pub use cluster::EtcdCluster;
 
 /// How long etcd may take to become healthy.
 const START_TIMEOUT: Duration = Duration::from_secs(30);
@@ -36,12 +41,15 @@ pub struct EtcdSetup {
     pub args: Vec<String>,
 }
 
-/// A single etcd process.
+/// An etcd process.
 #[derive(Debug)]
 pub struct Etcd {
     child: Option<Child>,
     ports: Ports,
     setup: EtcdSetup,
+    name: String,
+    /// All members of its cluster, as `--initial-cluster` takes them.
+    members: String,
     folder: TempDir,
 }
 
@@ -61,15 +69,20 @@ impl Etcd {
     /// Starts etcd as `setup` says and waits until it is healthy.
     pub fn start_with(setup: &EtcdSetup) -> Result<Self> {
         for _ in 0..START_TRIES {
-            let folder = tempfile::tempdir().context("a folder for etcd's data")?;
-            let mut etcd = Self { child: None, ports: Ports::free()?, setup: setup.clone(), folder };
+            let ports = Ports::free()?;
+            let mut etcd = Self::new("test", ports, format!("test={}", ports.peer()), setup)?;
             match etcd.restart() {
-                // Another process took a port between our finding it free and etcd's listening on it.
-                Err(_) if etcd.log().contains("address already in use") => {}
+                Err(_) if etcd.found_a_port_taken() => {}
                 started => return started.map(|()| etcd),
             }
         }
         bail!("etcd found its ports taken {START_TRIES} times")
+    }
+
+    /// An etcd that does not run yet.
+    fn new(name: &str, ports: Ports, members: String, setup: &EtcdSetup) -> Result<Self> {
+        let folder = tempfile::tempdir().context("a folder for etcd's data")?;
+        Ok(Self { child: None, ports, setup: setup.clone(), name: name.to_owned(), members, folder })
     }
 
     /// Where clients connect.
@@ -96,6 +109,12 @@ impl Etcd {
 
     /// Starts it again on the same data and ports, killing it first if it runs, and waits until it is healthy.
     pub fn restart(&mut self) -> Result<()> {
+        self.spawn()?;
+        self.wait_until_healthy()
+    }
+
+    /// Starts it, killing it first if it runs.
+    fn spawn(&mut self) -> Result<()> {
         self.kill();
         let log = File::options().create(true).append(true).open(self.log_path())?;
         let mut command = self.command();
@@ -104,19 +123,18 @@ impl Etcd {
             .spawn()
             .with_context(|| format!("start {}: is it installed? (apt-get install etcd-server)", binary().display()))?;
         self.child = Some(child);
-        self.wait_until_healthy().with_context(|| format!("etcd did not start; its log:\n{}", self.log()))
+        Ok(())
     }
 
     fn command(&self) -> Command {
-        let Ports { peer, health, .. } = self.ports;
-        let peer = format!("http://127.0.0.1:{peer}");
+        let (peer, health) = (self.ports.peer(), self.ports.health);
         let mut command = Command::new(binary());
         command
-            .args(["--name", "test", "--data-dir"])
+            .args(["--name", &self.name, "--data-dir"])
             .arg(self.folder.path().join("data"))
             .args(["--listen-client-urls", &self.endpoint(), "--advertise-client-urls", &self.endpoint()])
             .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
-            .args(["--initial-cluster", &format!("test={peer}")])
+            .args(["--initial-cluster", &self.members])
             .args(["--listen-metrics-urls", &format!("http://127.0.0.1:{health}")])
             // Half the default: it starts sooner and grants leases down to one second.
             .args(["--heartbeat-interval", "50", "--election-timeout", "500"])
@@ -129,6 +147,15 @@ impl Etcd {
     }
 
     fn wait_until_healthy(&mut self) -> Result<()> {
+        self.healthy().with_context(|| format!("etcd did not start; its log:\n{}", self.log()))
+    }
+
+    /// Another process took a port between our finding it free and etcd's listening on it.
+    fn found_a_port_taken(&self) -> bool {
+        self.log().contains("address already in use")
+    }
+
+    fn healthy(&mut self) -> Result<()> {
         let deadline = Instant::now() + START_TIMEOUT;
         while Instant::now() < deadline {
             if let Some(status) = self.child.as_mut().and_then(|child| child.try_wait().ok().flatten()) {
@@ -167,6 +194,11 @@ impl Ports {
         }
         let [client, peer, health] = ports;
         Ok(Self { client, peer, health })
+    }
+
+    /// Where other members connect.
+    fn peer(self) -> String {
+        format!("http://127.0.0.1:{}", self.peer)
     }
 }
 

@@ -30,11 +30,17 @@ pub fn program(name: &str) -> Result<PathBuf> {
 }
 
 impl Process {
-    /// Starts `program` with `args` and environment `envs`.
+    /// Starts `program`, one of this workspace, with `args` and environment `envs`.
     pub fn start(program: &str, args: &[&str], envs: &[(&str, &str)]) -> Result<Self> {
+        Self::start_at(&self::program(program)?, args, envs)
+    }
+
+    /// Starts the program at `path`, or of that name on the path.
+    pub fn start_at(path: &Path, args: &[&str], envs: &[(&str, &str)]) -> Result<Self> {
         let output = tempfile::tempdir()?;
         let file = |name: &str| File::create(output.path().join(name));
-        let mut command = Command::new(self::program(program)?);
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let mut command = Command::new(path);
         // Settings of whoever runs the tests are not the tests'.
         for (name, _) in std::env::vars_os() {
             if name.as_encoded_bytes().starts_with(b"SIROCCO_") || name == "RUST_LOG" {
@@ -48,8 +54,8 @@ impl Process {
             .stdout(file("stdout")?)
             .stderr(file("stderr")?)
             .spawn()
-            .with_context(|| format!("cannot start {program}"))?;
-        Ok(Self { name: program.to_owned(), child, output })
+            .with_context(|| format!("cannot start {}", path.display()))?;
+        Ok(Self { name, child, output })
     }
 
     /// Everything it has written to standard output.

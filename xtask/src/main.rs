@@ -23,8 +23,9 @@ Commands:
   test           Check everything, as continuous integration does: formatting, lints, binaries, all tests, documentation.
                  Tests need etcd: SIROCCO_ETCD_BIN, else `etcd` on the path, else Debian's packages, which are installed
       --no-etcd-install   Fail when etcd is missing instead of installing it
-  bench NAME     Build the release binaries, measure and print figures beside their limits
+  bench NAME     Build for release, measure, and print figures beside their limits; fails when one is missed
       plan       How long plans take, and how balanced they are (docs/simulation.md)
+      control    Joins, drains and takeovers on a real etcd under load, and how often etcd is written
   help           Print this
 
 Exit status: 0 done, 1 failed, 2 usage; `up` ends with the status of `sirocco up`.
@@ -40,13 +41,16 @@ fn main() -> ExitCode {
         ["up", rest @ ..] => up::run(rest),
         ["test"] => steps::test(etcd::WhenMissing::Install),
         ["test", "--no-etcd-install"] => steps::test(etcd::WhenMissing::Fail),
-        ["bench", name] if bench::find(name).is_some() => bench::run(name),
+        ["bench", name] if !name.starts_with('-') => match bench::find(name) {
+            Some(run) => run(),
+            None => return usage(&format!("there is no benchmark {name:?}")),
+        },
         ["help" | "--help" | "-h"] | ["test" | "bench", "--help" | "-h"] => {
             print!("{HELP}");
             Ok(())
         }
         ["bench"] => return usage("`bench` needs a name"),
-        ["bench", other, ..] => return usage(&format!("there is no benchmark {other:?}")),
+        ["bench", _, other, ..] => return usage(&format!("`bench` has no argument {other:?}")),
         [] => return usage("a command is missing"),
         ["test", other, ..] => return usage(&format!("`test` has no argument {other:?}")),
         [other, ..] => return usage(&format!("there is no command {other:?}")),

@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail};
 
 /// The packages of the programs a cluster consists of. `sirocco up --processes` starts the nodes' own.
-const PACKAGES: [&str; 4] = ["sirocco", "sirocco-coordinator", "sirocco-expert-node", "sirocco-router-node"];
+pub(crate) const PACKAGES: [&str; 4] = ["sirocco", "sirocco-coordinator", "sirocco-expert-node", "sirocco-router-node"];
 
 /// Returns only on failure. The build prints to standard error, so that standard output is the program's alone.
 pub(crate) fn run(args: &[&str]) -> Result<()> {

@@ -76,13 +76,13 @@ async fn every_cluster_says_what_one_process_and_transformers_say() {
     // Expert e of every layer is placed on node e, which has nothing but poison beside it.
     let own_bytes: Vec<PathBuf> = (0..8).map(|expert| poisoned(folder.path(), expert)).collect();
     let eight = Cluster::start(&etcd, "eight", &demo, &own_bytes).unwrap();
-    check_goldens(&eight.router.grpc, &goldens, &local).await;
-    check_placement(&eight.coordinator.grpc).await;
+    check_goldens(&eight.routers[0].grpc, &goldens, &local).await;
+    check_placement(&eight.coordinators[0].grpc).await;
     drop(eight);
 
     for (name, nodes) in [("three", 3), ("one", 1)] {
         let cluster = Cluster::start(&etcd, name, &demo, &vec![demo.clone(); nodes]).unwrap();
-        check_goldens(&cluster.router.grpc, &goldens, &local).await;
+        check_goldens(&cluster.routers[0].grpc, &goldens, &local).await;
     }
 }
 
@@ -92,7 +92,7 @@ async fn requests_at_the_same_time_change_no_byte_of_each_other() {
     let etcd = Etcd::start().unwrap();
     let demo = repository("models/demo");
     let cluster = Cluster::start(&etcd, "busy", &demo, &vec![demo.clone(); 2]).unwrap();
-    let router = cluster.router.grpc.as_str();
+    let router = cluster.routers[0].grpc.as_str();
     // Beside them, clients that leave in the middle and one whose request is refused.
     let leaving = goldens.iter().map(|golden| async {
         let completion = generate(router, greedy(&golden.prompt, 2000));

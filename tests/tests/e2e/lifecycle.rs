@@ -1,37 +1,16 @@
 //! Processes come, go and come back: leases, identities, drains, and what may be read of all that in the store and the logs.
 
-use std::process::Command;
-
 use crate::support::{generate, generate_watched, goldens, greedy};
 use rustix::process::Signal;
 use serde_json::Value;
-use sirocco_testkit::cluster::Cluster;
+use sirocco_testkit::cluster::{Cluster, Setup};
 use sirocco_testkit::etcd::Etcd;
+use sirocco_testkit::etcd::ctl::{self, entries, etcdctl};
 use sirocco_testkit::{repository, wait_for};
-
-/// What etcdctl prints for `args`.
-fn etcdctl(etcd: &Etcd, args: &[&str]) -> String {
-    let program = std::env::var("SIROCCO_ETCDCTL_BIN").unwrap_or_else(|_| "etcdctl".into());
-    let output =
-        Command::new(program).env("ETCDCTL_API", "3").args(["--endpoints", &etcd.endpoint()]).args(args).output();
-    String::from_utf8(output.expect("etcdctl is installed with etcd").stdout).unwrap()
-}
-
-/// Keys and values under a cluster's prefix.
-fn entries(etcd: &Etcd, cluster: &str) -> Vec<(String, Value)> {
-    let text = etcdctl(etcd, &["get", "--prefix", &format!("/sirocco/{cluster}/")]);
-    let mut lines = text.lines();
-    let mut entries = Vec::new();
-    while let Some((key, value)) = lines.next().zip(lines.next()) {
-        let value = serde_json::from_str(value).unwrap_or_else(|_| Value::String(value.to_owned()));
-        entries.push((key.to_owned(), value));
-    }
-    entries
-}
 
 fn expert_members(etcd: &Etcd, cluster: &str) -> Vec<(String, Value)> {
     let prefix = format!("/sirocco/{cluster}/members/expert/");
-    entries(etcd, cluster).into_iter().filter(|(key, _)| key.starts_with(&prefix)).collect()
+    entries(&etcd.endpoint(), cluster).unwrap().into_iter().filter(|(key, _)| key.starts_with(&prefix)).collect()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -46,7 +25,7 @@ async fn a_killed_expert_node_changes_no_byte_vanishes_and_comes_back_as_itself(
     cluster.experts[1].process.kill().unwrap();
     // The request waits until the lease is over and the experts are placed anew, and then goes on.
     let request = greedy(&golden.prompt, golden.greedy_ids.len() as u32);
-    let traced = generate(&cluster.router.grpc, request).await.unwrap();
+    let traced = generate(&cluster.routers[0].grpc, request).await.unwrap();
     assert_eq!(traced.ids, golden.greedy_ids);
     let left: Vec<String> = expert_members(&etcd, "killed").into_iter().map(|(key, _)| key).collect();
     assert_eq!(left, ["/sirocco/killed/members/expert/expert-0", "/sirocco/killed/members/expert/expert-2"]);
@@ -70,7 +49,7 @@ async fn an_expert_node_that_is_stopped_in_the_middle_changes_no_byte() {
     let mut stopped = 0;
     let request = greedy(&golden.prompt, golden.greedy_ids.len() as u32);
     let experts = &mut cluster.experts;
-    let traced = generate_watched(&cluster.router.grpc, request, |tokens| {
+    let traced = generate_watched(&cluster.routers[0].grpc, request, |tokens| {
         if tokens == 5 {
             experts[0].process.signal(Signal::TERM).unwrap();
             stopped = tokens;
@@ -88,7 +67,7 @@ async fn the_store_reads_well_and_is_left_clean() {
     let etcd = Etcd::start().unwrap();
     let demo = repository("models/demo");
     let mut cluster = Cluster::start(&etcd, "clean", &demo, &vec![demo.clone(); 2]).unwrap();
-    let entries = entries(&etcd, "clean");
+    let entries = entries(&etcd.endpoint(), "clean").unwrap();
     let value = |key: &str| {
         let found = entries.iter().find(|(k, _)| k == &format!("/sirocco/clean/{key}"));
         found
@@ -96,7 +75,7 @@ async fn the_store_reads_well_and_is_left_clean() {
             .1
             .clone()
     };
-    assert_eq!(value("members/router/router-0")["grpc"], cluster.router.grpc);
+    assert_eq!(value("members/router/router-0")["grpc"], cluster.routers[0].grpc);
     assert_eq!(value("members/coordinator/coordinator-0")["role"], "coordinator");
     assert_eq!(value("holdings/expert-1")["layers"]["3"].as_array().unwrap().len(), 4);
     assert_eq!(value("placement/serving"), value("placement/target"));
@@ -104,17 +83,20 @@ async fn the_store_reads_well_and_is_left_clean() {
     assert_eq!(value("model")["spec"]["num_local_experts"], 8);
     assert!(entries.iter().any(|(key, id)| key.contains("/election/coordinator/") && id == "coordinator-0"));
 
-    let nodes = [&mut cluster.router, &mut cluster.coordinator].into_iter().chain(&mut cluster.experts);
+    let nodes = [&mut cluster.routers[0], &mut cluster.coordinators[0]].into_iter().chain(&mut cluster.experts);
     for node in nodes {
         node.process.signal(Signal::TERM).unwrap();
         let status = node.process.wait().unwrap();
         assert!(status.success(), "{}: {status}\n{}", node.id, node.process.stderr());
     }
-    let left = self::entries(&etcd, "clean");
+    let left = ctl::entries(&etcd.endpoint(), "clean").unwrap();
     let leased =
         left.iter().filter(|(key, _)| ["members", "holdings", "election"].iter().any(|part| key.contains(part)));
     assert_eq!(leased.map(|(key, _)| key).collect::<Vec<_>>(), Vec::<&String>::new());
-    assert!(etcdctl(&etcd, &["lease", "list"]).contains("found 0 leases"), "no lease is left behind");
+    assert!(
+        etcdctl(&etcd.endpoint(), &["lease", "list"]).unwrap().contains("found 0 leases"),
+        "no lease is left behind"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -122,12 +104,14 @@ async fn debug_logs_show_neither_prompt_nor_completion() {
     let golden = &goldens()[2];
     let etcd = Etcd::start().unwrap();
     let demo = repository("models/demo");
+    let models = vec![demo.clone(); 2];
     let envs = [("RUST_LOG", "debug")];
-    let cluster = Cluster::start_with(&etcd, "quiet", &demo, &vec![demo.clone(); 2], &envs).unwrap();
-    let traced = generate(&cluster.router.grpc, greedy(&golden.prompt, 48)).await.unwrap();
+    let setup = Setup { name: "quiet", router_model: &demo, models: &models, coordinators: 1, routers: 1, envs: &envs };
+    let cluster = Cluster::start_with(&etcd.endpoint(), &setup).unwrap();
+    let traced = generate(&cluster.routers[0].grpc, greedy(&golden.prompt, 48)).await.unwrap();
     assert_eq!(traced.text, golden.greedy_text);
 
-    let nodes = [&cluster.router, &cluster.coordinator].into_iter().chain(&cluster.experts);
+    let nodes = [&cluster.routers[0], &cluster.coordinators[0]].into_iter().chain(&cluster.experts);
     for node in nodes {
         let log = node.process.stderr();
         assert!(log.contains("DEBUG"), "{} logs at debug", node.id);
@@ -171,10 +155,10 @@ async fn serving_goes_on_without_coordinator_and_etcd() {
     let mut etcd = Etcd::start().unwrap();
     let demo = repository("models/demo");
     let mut cluster = Cluster::start(&etcd, "headless", &demo, &vec![demo.clone(); 2]).unwrap();
-    cluster.coordinator.process.kill().unwrap();
+    cluster.coordinators[0].process.kill().unwrap();
     etcd.kill();
     for _ in 0..2 {
-        let traced = generate(&cluster.router.grpc, greedy(&golden.prompt, 48)).await.unwrap();
+        let traced = generate(&cluster.routers[0].grpc, greedy(&golden.prompt, 48)).await.unwrap();
         assert_eq!(traced.ids, golden.greedy_ids);
     }
 }

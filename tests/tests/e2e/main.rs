@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod commands;
+mod control;
 mod goldens;
 mod lifecycle;
 mod operations;

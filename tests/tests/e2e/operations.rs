@@ -2,7 +2,7 @@
 
 use rustix::process::Signal;
 use serde_json::Value;
-use sirocco_testkit::cluster::{self, Node};
+use sirocco_testkit::cluster::{self, Setup};
 use sirocco_testkit::etcd::Etcd;
 use sirocco_testkit::process::Process;
 use sirocco_testkit::{repository, wait_for};
@@ -222,30 +222,33 @@ fn an_order_is_followed_through_a_change_of_leaders() {
     let etcd = Etcd::start().unwrap();
     let demo = repository("models/demo");
     let models = [demo.clone(), demo.clone()];
-    let mut cluster = cluster::Cluster::start(&etcd, "orders", &demo, &models).unwrap();
-    let second = Node::start("coordinator", "coordinator-1", "orders", &etcd.endpoint(), None, &[]).unwrap();
-    let coordinators = format!("{},{}", cluster.coordinator.grpc, second.grpc);
+    let setup = Setup { name: "orders", router_model: &demo, models: &models, coordinators: 2, routers: 1, envs: &[] };
+    let mut cluster = cluster::Cluster::start_with(&etcd.endpoint(), &setup).unwrap();
+    let coordinators: Vec<&str> = cluster.coordinators.iter().map(|node| node.grpc.as_str()).collect();
+    let coordinators = coordinators.join(",");
     let ask = |command: &str| -> Value {
         let args = format!("{command} -o json --coordinator {coordinators}");
         let (code, stdout, stderr) = sirocco(&args.split(' ').collect::<Vec<_>>());
         assert_eq!(code, Some(0), "{command}: {stderr}");
         serde_json::from_str(&stdout).unwrap()
     };
-    assert_eq!(ask("status")["leader"], "coordinator-0");
+    let first = ask("status")["leader"].clone();
+    let leader = cluster.coordinators.iter().position(|node| first == node.id.as_str()).unwrap();
 
     // A router that stands still goes by the old placement, so that the drain cannot end.
-    cluster.router.process.signal(Signal::STOP).unwrap();
+    cluster.routers[0].process.signal(Signal::STOP).unwrap();
     let args = ["drain", "expert-1", "-o", "json", "--coordinator", &coordinators];
     let mut drain = Process::start("sirocco", &args, &[]).unwrap();
     let under_way = |event: &Value| event["kind"] == "drain" && event["state"] == "running";
     let started = || ask("events").as_array().is_some_and(|events| events.iter().any(under_way));
     wait_for("the drain to begin", || Ok(started().then_some(()))).unwrap();
-    cluster.coordinator.process.kill().unwrap();
-    wait_for("another leader", || Ok((ask("status")["leader"] == "coordinator-1").then_some(()))).unwrap();
-    cluster.router.process.signal(Signal::CONT).unwrap();
+    cluster.coordinators[leader].process.kill().unwrap();
+    let second = &cluster.coordinators[1 - leader].id;
+    wait_for("another leader", || Ok((ask("status")["leader"] == second.as_str()).then_some(()))).unwrap();
+    cluster.routers[0].process.signal(Signal::CONT).unwrap();
 
     assert_eq!(drain.wait().unwrap().code(), Some(0), "{}", drain.stderr());
     let operation: Value = serde_json::from_str(&drain.stdout()).unwrap();
-    assert_eq!((&operation["state"], &operation["leader"]), (&"done".into(), &"coordinator-1".into()), "{operation}");
+    assert_eq!((&operation["state"], &operation["leader"]), (&"done".into(), &second.as_str().into()), "{operation}");
     assert_eq!(ask("placement history").as_array().unwrap().last().unwrap()["serving"], true);
 }

@@ -64,9 +64,9 @@ async fn every_server_describes_itself_and_its_health() {
     let demo = repository("models/demo");
     let cluster = Cluster::start(&etcd, "services", &demo, std::slice::from_ref(&demo)).unwrap();
     let nodes = [
-        (&cluster.router, "sirocco.inference.v1.InferenceService"),
+        (&cluster.routers[0], "sirocco.inference.v1.InferenceService"),
         (&cluster.experts[0], "sirocco.expert.v1.ExpertService"),
-        (&cluster.coordinator, "sirocco.cluster.v1.ClusterService"),
+        (&cluster.coordinators[0], "sirocco.cluster.v1.ClusterService"),
     ];
     for (node, service) in nodes {
         let (names, files) = reflect_v1(&node.grpc, service).await;
@@ -99,7 +99,7 @@ async fn a_stop_string_that_is_not_utf8_is_refused_by_name() {
     let etcd = Etcd::start().unwrap();
     let demo = repository("models/demo");
     let cluster = Cluster::start(&etcd, "raw", &demo, std::slice::from_ref(&demo)).unwrap();
-    let mut client = tonic::client::Grpc::new(channel::connect(&cluster.router.grpc).await.unwrap());
+    let mut client = tonic::client::Grpc::new(channel::connect(&cluster.routers[0].grpc).await.unwrap());
     client.ready().await.unwrap();
     let request = RawRequest { text: "x".into(), stop: vec![vec![0xff, 0xfe]] };
     let path = "/sirocco.inference.v1.InferenceService/Generate".parse().unwrap();
