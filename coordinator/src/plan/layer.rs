@@ -149,10 +149,15 @@ impl<'a> Layer<'a> {
         others.map(|&node| self.time_at(node, self.raw[node as usize] + more)).max().unwrap_or(0)
     }
 
+    /// Whether zones make no difference.
+    pub(super) fn has_one_zone(&self) -> bool {
+        self.fleet.has_one_zone()
+    }
+
     /// Whether zones let `expert` give up its replica on `minus` and get one on `plus`: a replica more may not crowd a zone,
     /// otherwise it may not be more crowded than it is.
     pub(super) fn spreads(&self, expert: u32, minus: Option<u32>, plus: Option<u32>) -> bool {
-        if self.fleet.has_one_zone() {
+        if self.has_one_zone() {
             return true;
         }
         let now = self.holders[expert as usize].iter().copied();

@@ -71,7 +71,7 @@ pub(super) fn steps(layer: &Layer<'_>) -> Vec<Vec<Change>> {
         }
     }
     missing.sort_unstable_by_key(|&(share, expert)| (Reverse(share), expert));
-    let mut dealer = Dealer { layer, wanted, surplus, changed: BTreeSet::new() };
+    let mut dealer = Dealer { layer, wanted, surplus, changed: BTreeSet::new(), spread: BTreeSet::new() };
     missing.into_iter().filter_map(|(share, expert)| dealer.place(expert, share)).collect()
 }
 
@@ -81,16 +81,23 @@ struct Dealer<'a, 'b> {
     wanted: Vec<u64>,
     /// Replicas of experts that have too many: expert and node. A node occurs once in the steps, so each goes once.
     surplus: Vec<(u32, u32)>,
+    /// Nodes that steps have changed.
     changed: BTreeSet<u32>,
+    /// Experts that steps have changed, when there are zones: whether a step crowds one is judged from the layer as it is, so
+    /// each expert has one step.
+    spread: BTreeSet<u32>,
 }
 
 impl Dealer<'_, '_> {
     /// The step that gives `expert` a replica with this share.
     fn place(&mut self, expert: u32, share: u64) -> Option<Vec<Change>> {
         let layer = self.layer;
+        if self.spread.contains(&expert) {
+            return None;
+        }
         let mut best: Option<(u64, Vec<Change>)> = None;
         for &(other, node) in &self.surplus {
-            if !self.free(node) || !layer.spreads(other, Some(node), None) {
+            if !self.free(node) || self.spread.contains(&other) || !layer.spreads(other, Some(node), None) {
                 continue;
             }
             let rest = layer.raw[node as usize] - layer.present_share(other);
@@ -107,6 +114,9 @@ impl Dealer<'_, '_> {
         for change in &step {
             let (Change::Load(expert, node) | Change::Unload(expert, node)) = *change;
             self.changed.insert(node);
+            if !layer.has_one_zone() {
+                self.spread.insert(expert);
+            }
             let surplus = matches!(change, Change::Unload(..)) && layer.count(expert) > self.wanted[expert as usize];
             if surplus && !step.iter().any(|change| matches!(change, Change::Load(moved, _) if *moved == expert)) {
                 self.wanted[expert as usize] += 1;
@@ -122,7 +132,7 @@ impl Dealer<'_, '_> {
         let layer = self.layer;
         let light: Vec<u32> = layer.order.iter().take(LIGHT).map(|&(.., node)| node).collect();
         for &(other, node) in &self.surplus {
-            if !self.free(node) || !layer.spreads(other, Some(node), None) {
+            if !self.free(node) || self.spread.contains(&other) || !layer.spreads(other, Some(node), None) {
                 continue;
             }
             let rest = layer.raw[node as usize] - layer.present_share(other);
@@ -134,6 +144,7 @@ impl Dealer<'_, '_> {
                     let taken = layer.time_at(taker, layer.raw[taker as usize] - back + share);
                     let peak = taken.max(layer.time_at(node, rest + back));
                     if best.as_ref().is_none_or(|(best, _)| peak < *best)
+                        && !self.spread.contains(&given)
                         && layer.spreads(given, Some(taker), Some(node))
                         && layer.spreads(expert, None, Some(taker))
                     {

@@ -10,7 +10,7 @@ use super::state::{Fleet, State};
 use super::steps::{self, Change};
 
 /// What gains less than this part of the ideal time is not worth doing: it bounds how often a layer is improved.
-const LEAST_GAIN: u64 = 4096;
+const LEAST_GAIN: u64 = 32_768;
 
 /// Walks at dead ends go on this often through a step that does not speed up the slowest node by itself.
 const DETOURS: usize = 12;

@@ -42,8 +42,9 @@ impl Best {
 pub(super) fn best(layer: &Layer<'_>, prices: Prices) -> Vec<Change> {
     let slow = layer.slowest();
     let mut best = Best { top: layer.top(), score: u128::MAX, step: Vec::new() };
-    // a step is chosen mostly by what it does: even dear loads weigh no more than this here
-    let prices = Prices { load: prices.load.min(u128::from(layer.ideal / 64)), ..prices };
+    // a step is chosen mostly by what it does: even dear loads weigh little here, and free ones enough to break ties
+    let load = prices.load.clamp(u128::from(layer.ideal / 300), u128::from(layer.ideal / 64));
+    let prices = Prices { load, ..prices };
     sheds(layer, slow, &mut best);
     trades(layer, prices, slow, &mut best);
     replicas(layer, prices, slow, &mut best);
