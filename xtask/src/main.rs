@@ -3,7 +3,7 @@
 //! Hands every build the `protoc` that etcd-client's build script asks for. Never leaves a service running.
 #![forbid(unsafe_code)]
 
-mod control;
+mod bench;
 mod etcd;
 mod steps;
 mod up;
@@ -24,6 +24,7 @@ Commands:
                  Tests need etcd: SIROCCO_ETCD_BIN, else `etcd` on the path, else Debian's packages, which are installed
       --no-etcd-install   Fail when etcd is missing instead of installing it
   bench NAME     Build for release, measure, and print figures beside their limits; fails when one is missed
+      plan       How long plans take, and how balanced they are (docs/simulation.md)
       control    Joins, drains and takeovers on a real etcd under load, and how often etcd is written
   help           Print this
 
@@ -40,13 +41,16 @@ fn main() -> ExitCode {
         ["up", rest @ ..] => up::run(rest),
         ["test"] => steps::test(etcd::WhenMissing::Install),
         ["test", "--no-etcd-install"] => steps::test(etcd::WhenMissing::Fail),
-        ["bench", "control"] => control::run(),
+        ["bench", name] if !name.starts_with('-') => match bench::find(name) {
+            Some(run) => run(),
+            None => return usage(&format!("there is no benchmark {name:?}")),
+        },
         ["help" | "--help" | "-h"] | ["test" | "bench", "--help" | "-h"] => {
             print!("{HELP}");
             Ok(())
         }
         ["bench"] => return usage("`bench` needs a name"),
-        ["bench", other, ..] => return usage(&format!("there is no benchmark {other:?}")),
+        ["bench", _, other, ..] => return usage(&format!("`bench` has no argument {other:?}")),
         [] => return usage("a command is missing"),
         ["test", other, ..] => return usage(&format!("`test` has no argument {other:?}")),
         [other, ..] => return usage(&format!("there is no command {other:?}")),

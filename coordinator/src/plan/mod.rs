@@ -36,6 +36,7 @@ mod occupy;
 mod pack;
 #[cfg(test)]
 mod properties;
+mod recount;
 mod require;
 mod search;
 mod serve;

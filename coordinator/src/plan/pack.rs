@@ -1,10 +1,10 @@
 //! A layer that no node held before is packed anew: how many replicas each expert gets, then the largest share first.
 
 use std::cmp::Reverse;
-use std::collections::BinaryHeap;
 
 use super::layer::Layer;
 use super::occupy;
+use super::recount::Shares;
 use super::search::{self, Prices};
 use super::state::{Fleet, State};
 
@@ -58,18 +58,18 @@ impl Lacking {
 
 /// Numbers of replicas beyond the required ones that are worth trying.
 ///
-/// No layer ends before its largest share does: the best number, by that bound and the rent, and twice that; when replicas
-/// cost nothing also as many as there is room for.
+/// No layer ends before its largest share does: the best number, by that bound and the rent, and twice that (beyond what no
+/// node's idling takes); when replicas cost nothing also as many as there is room for.
 fn extra_replicas(fleet: &Fleet<'_>, layer: &Layer<'_>, prices: Prices) -> Vec<usize> {
     let open = (0..layer.on.len()).filter(|&node| layer.room[node] > 0 || !layer.on[node].is_empty()).count();
     let places: usize = (0..layer.on.len()).map(|node| layer.room[node] as usize + layer.on[node].len()).sum();
     let required: usize = layer.required.iter().map(|&replicas| replicas as usize).sum();
     let most = places.saturating_sub(required);
     let least = open.saturating_sub(required).min(most);
-    let mut shares = shares(layer, open);
+    let mut shares = Shares::required(layer);
     let mut best = (u128::MAX, least);
     for extra in 0..=most {
-        let Some((share, Reverse(expert), replicas)) = shares.pop() else { break };
+        let Some(share) = shares.largest() else { break };
         let slowest = u128::from((share << 16) / layer.fastest).max(u128::from(layer.ideal));
         let bound = slowest + prices.rent * extra as u128;
         if extra >= least && bound < best.0 {
@@ -78,9 +78,9 @@ fn extra_replicas(fleet: &Fleet<'_>, layer: &Layer<'_>, prices: Prices) -> Vec<u
         if slowest == u128::from(layer.ideal) && extra >= least {
             break;
         }
-        push(&mut shares, layer, (expert, replicas + 1), open);
+        shares.add();
     }
-    let mut numbers = vec![best.1, (best.1 * 2 + fleet.shape.experts / 16).min(most)];
+    let mut numbers = vec![best.1, (2 * best.1 - least + fleet.shape.experts / 16).min(most)];
     if prices.rent == 0 {
         numbers.push(most);
     }
@@ -88,38 +88,12 @@ fn extra_replicas(fleet: &Fleet<'_>, layer: &Layer<'_>, prices: Prices) -> Vec<u
     numbers
 }
 
-/// Experts by the share each of their replicas answers for, with how many they have.
-type Shares = BinaryHeap<(u64, Reverse<u32>, u64)>;
-
-fn shares(layer: &Layer<'_>, open: usize) -> Shares {
-    let mut shares = Shares::new();
-    for (expert, &required) in (0..).zip(layer.required) {
-        push(&mut shares, layer, (expert, u64::from(required)), open.max(required as usize));
-    }
-    shares
-}
-
-/// Adds an expert to `shares`, if there may be so many replicas of it.
-fn push(shares: &mut Shares, layer: &Layer<'_>, (expert, replicas): (u32, u64), most: usize) {
-    if replicas <= most as u64 {
-        shares.push((layer.share(expert, replicas), Reverse(expert), replicas));
-    }
-}
-
 /// The layer emptied and filled again with `extra` replicas beyond the required ones; `None` when an expert found no node.
 fn packed<'a>(layer: &Layer<'a>, extra: usize) -> Option<Layer<'a>> {
-    let open = (0..layer.on.len()).filter(|&node| layer.room[node] > 0 || !layer.on[node].is_empty()).count();
-    let mut shares = shares(layer, open);
-    let mut done = Vec::new();
-    for _ in 0..extra {
-        let Some((share, Reverse(expert), replicas)) = shares.pop() else { break };
-        if replicas as usize >= open {
-            done.push((share, Reverse(expert), replicas));
-        } else {
-            push(&mut shares, layer, (expert, replicas + 1), open);
-        }
-    }
-    let mut items: Vec<(u64, Reverse<u32>, u64)> = shares.into_iter().chain(done).collect();
+    let mut shares = Shares::required(layer);
+    (0..extra).for_each(|_| shares.add());
+    let mut items: Vec<(u64, Reverse<u32>, u64)> =
+        (0..).zip(shares.counts).map(|(expert, count)| (layer.share(expert, count), Reverse(expert), count)).collect();
     items.sort_unstable_by(|a, b| b.cmp(a));
     let mut packed = layer.emptied();
     for (share, Reverse(expert), replicas) in items {

@@ -5,6 +5,7 @@
 //! from the layer alone, so a layer from which the walk found nothing better stays as it is for good.
 
 use super::layer::Layer;
+use super::recount;
 use super::state::{Fleet, State};
 use super::steps::{self, Change};
 
@@ -38,14 +39,23 @@ pub(super) fn settle(fleet: &Fleet<'_>, state: &mut State, layer: usize) -> bool
 pub(super) fn improve(fleet: &Fleet<'_>, state: &State, layer: usize, budget: u64) -> Option<Better> {
     let mut layer = Layer::new(fleet, state, layer);
     let prices = Prices::new(fleet, &layer);
-    let walk = Walk::new(&mut layer, prices, budget).run();
-    let (gain, loads) = (walk.gain, walk.loads);
+    let Found { gain, loads } = walk(&mut layer, prices, budget);
     (gain > 0).then_some(Better { gain, loads, holders: layer.holders })
 }
 
 /// Walks on from `layer` until nothing better is found.
 pub(super) fn polish(layer: &mut Layer<'_>, prices: Prices) {
-    while Walk::new(layer, prices, u64::MAX).run().gain > 0 {}
+    while walk(layer, prices, u64::MAX).gain > 0 {}
+}
+
+/// Goes to the best beginning of a walk from `layer`, or, if that is no better, of one that deals replicas anew first.
+fn walk(layer: &mut Layer<'_>, prices: Prices, budget: u64) -> Found {
+    let found = Walk::new(layer, prices, budget).run(Vec::new());
+    if found.gain > 0 {
+        return found;
+    }
+    let opening = recount::steps(layer);
+    if opening.is_empty() { found } else { Walk::new(layer, prices, budget).run(opening) }
 }
 
 /// What things cost in a layer, in its time.
@@ -98,13 +108,18 @@ impl<'a, 'b> Walk<'a, 'b> {
         Self { layer, prices, budget, start, changes: Vec::new(), loads: 0 }
     }
 
-    fn run(mut self) -> Found {
+    /// Walks from `opening` on, or from the start if that is empty.
+    fn run(mut self, opening: Vec<Vec<Change>>) -> Found {
         let before = self.prices.potential(self.layer);
         let mut best = (before, 0, 0);
         let mut detours = 0;
+        let mut opening = opening.into_iter();
         let longest = 4 * (self.layer.replicas as usize + self.layer.on.len());
         while self.changes.len() < longest {
-            let mut step = steps::best(self.layer, self.prices);
+            let mut step = opening.next().unwrap_or_default();
+            if step.is_empty() {
+                step = steps::best(self.layer, self.prices);
+            }
             if step.is_empty() {
                 step = steps::drop_unneeded(self.layer, self.prices);
             }

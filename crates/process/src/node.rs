@@ -22,7 +22,8 @@ pub struct NodeArgs {
     /// Host (or host:port) at which other nodes reach this one's gRPC port [default: where it listens]
     #[arg(long, env = "SIROCCO_ADVERTISE", value_name = "HOST[:PORT]")]
     pub advertise: Option<String>,
-    /// Longest wait, in seconds, for work under way to finish when this node is asked to stop
+    /// Longest wait, in seconds, for work under way to finish when this node is asked to stop; an expert node first waits as
+    /// long for its experts to be served elsewhere
     #[arg(long, env = "SIROCCO_DRAIN_S", value_name = "SECONDS", default_value_t = 20)]
     pub drain_s: u64,
     /// Configuration file (TOML); its keys are the flags' names

@@ -1,4 +1,4 @@
-//! `cargo xtask bench control`: release processes on a real etcd, and how long the control plane takes. Fails when a limit is missed.
+//! `cargo xtask bench control`: release processes on a real etcd, and how long the control plane takes.
 //!
 //! The measurement itself is a test that other runs leave out: it starts clusters as the end-to-end tests do.
 
@@ -10,7 +10,7 @@ use crate::etcd::{Etcd, WhenMissing};
 const MEASUREMENT: &str = "control::measure::joins_takeovers_and_writes_keep_their_limits";
 
 /// Builds the programs and the measurement, then runs it; what it prints is shown as it comes.
-pub(crate) fn run() -> Result<()> {
+pub(super) fn run() -> Result<()> {
     let etcd = Etcd::ensure(WhenMissing::Install)?;
     let mut build = crate::cargo(&["build", "--locked", "--release", "--bins"])?;
     build.args(crate::up::PACKAGES.iter().flat_map(|package| ["--package", package]));
