@@ -15,26 +15,37 @@ use super::{Size, demo_cluster, until};
 async fn a_leader_that_was_stopped_past_its_lease_writes_nothing_when_it_wakes() {
     let etcd = Etcd::start().unwrap();
     let size = Size { coordinators: 3, routers: 1, experts: 3 };
-    let mut cluster = demo_cluster(&etcd.endpoint(), "deposed", size, &[]);
+    let mut cluster = demo_cluster(&etcd.endpoint(), "deposed", size, &[("SIROCCO_SETTLE_MS", "2000")]);
     let demo = repository("models/demo");
     let clients = Clients::of_goldens(&[&cluster.routers[0].grpc], 2);
-    let old = Operator::of(&cluster).settled().await.leader;
+    let settled = Operator::of(&cluster).settled().await;
+    let old = settled.leader;
     let old_index = cluster.coordinators.iter().position(|node| node.id == old).unwrap();
     let to_old = Operator::of_nodes([&cluster.coordinators[old_index]]);
     let others = Operator::of_nodes(cluster.coordinators.iter().filter(|node| node.id != old));
     let from = ctl::revision(&etcd.endpoint()).unwrap() + 1;
 
+    // It is stopped while it waits for a node that has joined to settle, so that it wakes with a placement to make.
+    cluster.add_experts(1, &demo).unwrap();
+    until("the leader to see the node", async || {
+        to_old.nodes().await.iter().any(|node| node.id == "expert-3").then_some(())
+    })
+    .await;
     cluster.coordinators[old_index].process.signal(Signal::STOP).unwrap();
+    assert_eq!(
+        others.cluster().await.target_epoch,
+        settled.target_epoch,
+        "the node was placed before the leader stopped"
+    );
     let new = until("another leader", async || {
         let leader = others.cluster().await.leader;
         (!leader.is_empty() && leader != old).then_some(leader)
     })
     .await;
-    cluster.add_experts(1, &demo).unwrap();
     others.serves("expert-3").await;
     others.settled().await;
 
-    // Asked while it stands still, so that this is the first thing it sees when it wakes.
+    // Asked as it wakes, so that it is among the first things it does.
     let asked = to_old.operate(cordon("expert-0"));
     let wake = async {
         cluster.coordinators[old_index].process.signal(Signal::CONT).unwrap();

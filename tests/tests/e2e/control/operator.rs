@@ -74,6 +74,10 @@ impl Operator {
         self.ask(async |mut client: Client| client.get_cluster(wire::GetClusterRequest {}).await).await
     }
 
+    pub(super) async fn nodes(&self) -> Vec<wire::Node> {
+        self.ask(async |mut client: Client| client.list_nodes(wire::ListNodesRequest {}).await).await.nodes
+    }
+
     pub(super) async fn experts(&self) -> Vec<wire::Expert> {
         let request = wire::ListExpertsRequest { layer: None };
         self.ask(async |mut client: Client| client.list_experts(request).await).await.experts

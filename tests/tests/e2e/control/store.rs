@@ -6,7 +6,7 @@ use serde_json::Value;
 use sirocco_testkit::etcd::{Etcd, ctl};
 
 use super::clients::Clients;
-use super::operator::{Operator, cordon, drain};
+use super::operator::{BY, Operator, cordon, drain, min_replicas};
 use super::{Size, demo_cluster, until};
 
 /// How long writes are counted.
@@ -36,6 +36,7 @@ async fn the_store_reads_as_documented_and_is_written_rarely() {
     let operator = Operator::of(&cluster);
     operator.complete(cordon("expert-0")).await;
     operator.complete(drain("expert-1")).await;
+    operator.complete(min_replicas(1)).await;
     operator.settled().await;
     clients.stop().await;
 
@@ -69,7 +70,8 @@ async fn the_store_reads_as_documented_and_is_written_rarely() {
     let drained = value("cordons/expert-1")["operation"].as_u64().unwrap();
     let record = value(&format!("operations/{drained:08}"));
     assert_eq!((&record["kind"], &record["subject"]), (&"drain".into(), &"expert-1".into()), "{record}");
-    assert_eq!((&record["state"], &record["by"]), (&"done".into(), &super::operator::BY.into()), "{record}");
+    assert_eq!((&record["state"], &record["by"]), (&"done".into(), &BY.into()), "{record}");
+    assert_eq!(value("settings/min-replicas")["default"], 1);
     let mut records = entries.iter().filter(|(key, _)| key.contains("/operations/"));
     assert_eq!(records.next().unwrap().1["kind"], "lead");
 }
