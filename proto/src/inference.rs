@@ -73,6 +73,9 @@ impl TryFrom<wire::GenerateRequest> for GenerateRequest {
         let default = SamplingParams::default();
         let sampling = SamplingParams {
             repetition_penalty: given.repetition_penalty.unwrap_or(default.repetition_penalty),
+            frequency_penalty: given.frequency_penalty.unwrap_or(default.frequency_penalty),
+            presence_penalty: given.presence_penalty.unwrap_or(default.presence_penalty),
+            logit_bias: given.logit_bias.into_iter().collect(),
             temperature: given.temperature.unwrap_or(default.temperature),
             top_k: given.top_k.unwrap_or(default.top_k),
             top_p: given.top_p.unwrap_or(default.top_p),
@@ -254,6 +257,9 @@ mod tests {
             (text(""), "text"),
             (with(wire::SamplingParams { temperature: Some(-1.0), ..Default::default() }), "temperature"),
             (with(wire::SamplingParams { top_p: Some(2.0), ..Default::default() }), "top_p"),
+            (with(wire::SamplingParams { presence_penalty: Some(3.0), ..Default::default() }), "presence_penalty"),
+            (with(wire::SamplingParams { frequency_penalty: Some(-3.0), ..Default::default() }), "frequency_penalty"),
+            (with(wire::SamplingParams { logit_bias: [(1, 101.0)].into(), ..Default::default() }), "logit_bias"),
             (wire::GenerateRequest { max_tokens: Some(0), ..text("x") }, "max_tokens"),
             (wire::GenerateRequest { logprobs: Some(99), ..text("x") }, "logprobs"),
         ];

@@ -4,6 +4,7 @@
 mod commands;
 mod goldens;
 mod lifecycle;
+mod openai;
 mod operations;
 mod services;
 mod support;
