@@ -31,6 +31,21 @@ pub enum Prompt {
     Ids(Vec<u32>),
 }
 
+impl Prompt {
+    /// Refuses an empty prompt.
+    pub fn validate(&self) -> Result<(), Invalid> {
+        match self {
+            Self::Text(text) if text.is_empty() => {
+                Err(Invalid::new("text", "the prompt is empty, it must have at least 1 byte"))
+            }
+            Self::Ids(ids) if ids.is_empty() => {
+                Err(Invalid::new("token_ids", "the prompt is empty, it must have at least 1 token"))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
 impl std::fmt::Debug for Prompt {
     /// Never shows the prompt: it may end up in a log.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -60,15 +75,7 @@ impl TryFrom<wire::GenerateRequest> for GenerateRequest {
             Some(WirePrompt::TokenIds(ids)) => Prompt::Ids(ids.ids),
             None => return Err(Invalid::new("prompt", "absent, set text or token_ids")),
         };
-        match &prompt {
-            Prompt::Text(text) if text.is_empty() => {
-                Err(Invalid::new("text", "the prompt is empty, it must have at least 1 byte"))
-            }
-            Prompt::Ids(ids) if ids.is_empty() => {
-                Err(Invalid::new("token_ids", "the prompt is empty, it must have at least 1 token"))
-            }
-            _ => Ok(()),
-        }?;
+        prompt.validate()?;
         let given = request.sampling.unwrap_or_default();
         let default = SamplingParams::default();
         let sampling = SamplingParams {

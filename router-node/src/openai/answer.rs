@@ -58,14 +58,15 @@ impl Head {
     }
 
     fn around(&self, object: &str, choices: Vec<Value>) -> Value {
-        json!({
+        let mut answer = json!({
             "id": self.id,
             "object": object,
             "created": self.created,
             "model": self.model,
             "system_fingerprint": self.fingerprint,
-            "choices": choices,
-        })
+        });
+        answer["choices"] = choices.into();
+        answer
     }
 }
 

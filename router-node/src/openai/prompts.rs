@@ -11,15 +11,20 @@ const ROLES: [&str; 4] = ["system", "developer", "user", "assistant"];
 
 /// The prompts in `given`, each with the name by which to blame it.
 pub(super) fn of_completion(given: &Value) -> Result<Vec<(String, Prompt)>, Problem> {
-    let named = || "prompt".to_owned();
-    match given {
-        Value::Null => Err(Problem::invalid("prompt", format!("absent, it {FORMS}"))),
-        Value::String(text) => Ok(vec![(named(), Prompt::Text(text.clone()))]),
-        Value::Array(list) if list.is_empty() => Err(Problem::invalid("prompt", format!("empty, it {FORMS}"))),
-        Value::Array(list) if list[0].is_number() => Ok(vec![(named(), Prompt::Ids(ids("prompt", list)?))]),
-        Value::Array(list) => list.iter().enumerate().map(|(index, item)| one_of_list(index, item)).collect(),
-        _ => Err(Problem::invalid("prompt", FORMS)),
+    let prompts = match given {
+        Value::Null => return Err(Problem::invalid("prompt", format!("absent, it {FORMS}"))),
+        Value::String(text) => vec![("prompt".to_owned(), Prompt::Text(text.clone()))],
+        Value::Array(list) if list.is_empty() => return Err(Problem::invalid("prompt", format!("empty, it {FORMS}"))),
+        Value::Array(list) if list[0].is_number() => vec![("prompt".to_owned(), Prompt::Ids(ids("prompt", list)?))],
+        Value::Array(list) => {
+            list.iter().enumerate().map(|(index, item)| one_of_list(index, item)).collect::<Result<_, _>>()?
+        }
+        _ => return Err(Problem::invalid("prompt", FORMS)),
+    };
+    for (param, prompt) in &prompts {
+        prompt.validate().map_err(|error| Problem::from(error).blamed_on(param))?;
     }
+    Ok(prompts)
 }
 
 fn one_of_list(index: usize, given: &Value) -> Result<(String, Prompt), Problem> {
@@ -115,6 +120,9 @@ mod tests {
             (Value::Null, "prompt"),
             (json!(5), "prompt"),
             (json!([]), "prompt"),
+            (json!(""), "prompt"),
+            (json!(["a", ""]), "prompt[1]"),
+            (json!([[1], []]), "prompt[1]"),
             (json!([1, "a"]), "prompt"),
             (json!([1, -1]), "prompt"),
             (json!(["a", 1]), "prompt[1]"),

@@ -30,7 +30,9 @@ pub(super) fn sse(call: Call) -> Response {
     let mut sending = Sending { call, ready: VecDeque::new(), ended: false };
     if sending.call.report.kind == Kind::Chat {
         let openings: Vec<Value> = sending.call.choices.iter().map(Choice::opening).collect();
-        openings.into_iter().for_each(|opening| sending.say(vec![opening]));
+        for opening in openings {
+            sending.say(vec![opening]);
+        }
     }
     let events = stream::unfold(sending, Sending::next);
     let events = events.map(|data| Ok::<_, Infallible>(SseEvent::default().data(data)));
