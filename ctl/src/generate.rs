@@ -56,6 +56,12 @@ pub(crate) struct SamplingArgs {
     /// Makes tokens that have been used less likely; 1 changes nothing [default: 1]
     #[arg(long, env = "SIROCCO_REPETITION_PENALTY", value_name = "X", allow_negative_numbers = true)]
     repetition_penalty: Option<f32>,
+    /// Subtracted for tokens that were generated already, -2 to 2 [default: 0]
+    #[arg(long, env = "SIROCCO_PRESENCE_PENALTY", value_name = "X", allow_negative_numbers = true)]
+    presence_penalty: Option<f32>,
+    /// Subtracted for each time a token was generated, -2 to 2 [default: 0]
+    #[arg(long, env = "SIROCCO_FREQUENCY_PENALTY", value_name = "X", allow_negative_numbers = true)]
+    frequency_penalty: Option<f32>,
     /// The same seed gives the same completion [default: random]
     #[arg(long, env = "SIROCCO_SEED", value_name = "N")]
     seed: Option<u64>,
@@ -122,7 +128,10 @@ pub(crate) async fn complete(
             top_p: sampling.top_p,
             min_p: sampling.min_p,
             repetition_penalty: sampling.repetition_penalty,
+            presence_penalty: sampling.presence_penalty,
+            frequency_penalty: sampling.frequency_penalty,
             seed: sampling.seed,
+            ..Default::default()
         }),
         max_tokens: Some(sampling.max_tokens),
         stop: sampling.stop,

@@ -31,6 +31,21 @@ pub enum Prompt {
     Ids(Vec<u32>),
 }
 
+impl Prompt {
+    /// Refuses an empty prompt.
+    pub fn validate(&self) -> Result<(), Invalid> {
+        match self {
+            Self::Text(text) if text.is_empty() => {
+                Err(Invalid::new("text", "the prompt is empty, it must have at least 1 byte"))
+            }
+            Self::Ids(ids) if ids.is_empty() => {
+                Err(Invalid::new("token_ids", "the prompt is empty, it must have at least 1 token"))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
 impl std::fmt::Debug for Prompt {
     /// Never shows the prompt: it may end up in a log.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -60,19 +75,14 @@ impl TryFrom<wire::GenerateRequest> for GenerateRequest {
             Some(WirePrompt::TokenIds(ids)) => Prompt::Ids(ids.ids),
             None => return Err(Invalid::new("prompt", "absent, set text or token_ids")),
         };
-        match &prompt {
-            Prompt::Text(text) if text.is_empty() => {
-                Err(Invalid::new("text", "the prompt is empty, it must have at least 1 byte"))
-            }
-            Prompt::Ids(ids) if ids.is_empty() => {
-                Err(Invalid::new("token_ids", "the prompt is empty, it must have at least 1 token"))
-            }
-            _ => Ok(()),
-        }?;
+        prompt.validate()?;
         let given = request.sampling.unwrap_or_default();
         let default = SamplingParams::default();
         let sampling = SamplingParams {
             repetition_penalty: given.repetition_penalty.unwrap_or(default.repetition_penalty),
+            frequency_penalty: given.frequency_penalty.unwrap_or(default.frequency_penalty),
+            presence_penalty: given.presence_penalty.unwrap_or(default.presence_penalty),
+            logit_bias: given.logit_bias.into_iter().collect(),
             temperature: given.temperature.unwrap_or(default.temperature),
             top_k: given.top_k.unwrap_or(default.top_k),
             top_p: given.top_p.unwrap_or(default.top_p),
@@ -254,6 +264,9 @@ mod tests {
             (text(""), "text"),
             (with(wire::SamplingParams { temperature: Some(-1.0), ..Default::default() }), "temperature"),
             (with(wire::SamplingParams { top_p: Some(2.0), ..Default::default() }), "top_p"),
+            (with(wire::SamplingParams { presence_penalty: Some(3.0), ..Default::default() }), "presence_penalty"),
+            (with(wire::SamplingParams { frequency_penalty: Some(-3.0), ..Default::default() }), "frequency_penalty"),
+            (with(wire::SamplingParams { logit_bias: [(1, 101.0)].into(), ..Default::default() }), "logit_bias"),
             (wire::GenerateRequest { max_tokens: Some(0), ..text("x") }, "max_tokens"),
             (wire::GenerateRequest { logprobs: Some(99), ..text("x") }, "logprobs"),
         ];

@@ -1,76 +1,30 @@
-//! `sirocco.inference.v1`: validates, tokenises, hands to the engine, streams what comes back.
+//! `sirocco.inference.v1`: hands what clients ask to the intake and streams what comes back.
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use futures::{Stream, StreamExt as _};
-use sirocco_model::{Tokenizer, TokenizerError};
-use sirocco_proto::inference::{Event, GenerateRequest, InferenceService, Prompt, Started};
+use sirocco_proto::inference::{Event, GenerateRequest, InferenceService, Started};
 use sirocco_proto::tonic::{Request, Response, Status};
 use sirocco_proto::wire::inference as wire;
 use sirocco_proto::{Invalid, failed, unavailable};
 use sirocco_types::ModelIdentity;
-use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
-use crate::engine::{self, Engine, GenerateError, SubmitError};
+use crate::engine::{GenerateError, SubmitError};
+use crate::intake::{Intake, Job, Refusal};
 
 /// The gRPC service of one router node.
 #[derive(Debug)]
 pub(crate) struct Api {
-    model: Arc<ModelIdentity>,
-    tokenizer: Arc<Tokenizer>,
-    engine: Engine,
-    /// Differs between processes, so that request ids do.
-    incarnation: u64,
-    requests: AtomicU64,
+    intake: Arc<Intake>,
 }
 
 impl Api {
-    pub(crate) fn new(model: Arc<ModelIdentity>, tokenizer: Arc<Tokenizer>, engine: Engine) -> Self {
-        Self { model, tokenizer, engine, incarnation: sirocco_process::incarnation(), requests: AtomicU64::new(0) }
+    pub(crate) fn new(intake: Arc<Intake>) -> Self {
+        Self { intake }
     }
-
-    fn check_model(&self, name: &str) -> Result<(), Status> {
-        if name.is_empty() || name == self.model.name {
-            return Ok(());
-        }
-        Err(Status::not_found(format!("model: {name:?} is not served here, {:?} is", self.model.name)))
-    }
-
-    fn tokens(&self, prompt: Prompt) -> Result<Vec<u32>, Invalid> {
-        let ids = match prompt {
-            Prompt::Text(text) => self.tokenizer.encode(&text, true).map_err(|error| invalid("text", &error))?,
-            Prompt::Ids(ids) => {
-                self.tokenizer.check(&ids).map_err(|error| invalid("token_ids", &error))?;
-                ids
-            }
-        };
-        let context = self.model.spec.max_position_embeddings;
-        if ids.is_empty() {
-            return Err(Invalid::new("prompt", "it has no tokens, it must have at least 1"));
-        }
-        if ids.len() >= context {
-            return Err(Invalid::new(
-                "prompt",
-                format!(
-                    "it is {} tokens long, the model's context is {context} with at least 1 left to generate",
-                    ids.len()
-                ),
-            ));
-        }
-        Ok(ids)
-    }
-
-    fn request_id(&self) -> String {
-        format!("{:x}-{}", self.incarnation, self.requests.fetch_add(1, Ordering::Relaxed))
-    }
-}
-
-fn invalid(field: &str, error: &TokenizerError) -> Invalid {
-    Invalid::new(field, error.to_string())
 }
 
 #[sirocco_proto::tonic::async_trait]
@@ -83,29 +37,21 @@ impl InferenceService for Api {
     ) -> Result<Response<Self::GenerateStream>, Status> {
         let arrived = Instant::now();
         let request = GenerateRequest::try_from(request.into_inner())?;
-        self.check_model(request.model.as_deref().unwrap_or_default())?;
-        let prompt = self.tokens(request.prompt)?;
+        self.intake.check_model(request.model.as_deref().unwrap_or_default()).map_err(refused)?;
+        let prompt = self.intake.tokens(request.prompt).await.map_err(refused)?;
         let mut sampling = request.sampling;
-        let room = self.model.spec.max_position_embeddings - prompt.len();
-        sampling.max_tokens = sampling.max_tokens.min(room as u32);
-        let id = self.request_id();
         if !request.seeded {
             sampling.seed = sirocco_process::incarnation();
         }
+        let id = self.intake.request_id();
         let started = Started {
             request_id: id.clone(),
-            model: self.model.name.clone(),
+            model: self.intake.model.name.clone(),
             prompt_tokens: prompt.len() as u32,
             seed: sampling.seed,
         };
-        tracing::debug!(request = id, prompt_tokens = prompt.len(), max_tokens = sampling.max_tokens, "accepted");
-        // Room for every token and the end, so that the engine never waits for a slow client.
-        let (events, stream) = mpsc::channel(sampling.max_tokens as usize + 2);
-        let request = engine::Request { id, prompt, sampling, trace: request.trace, arrived, events };
-        self.engine.submit(request).map_err(|error| match error {
-            SubmitError::Full(_) => Status::resource_exhausted(error.to_string()),
-            SubmitError::Stopped => unavailable(error),
-        })?;
+        let job = Job { id, prompt, sampling, trace: request.trace };
+        let stream = self.intake.submit(vec![job], arrived).map_err(refused)?.swap_remove(0);
         let first = futures::stream::iter([Ok(Event::Started(started))]);
         let events = first.chain(ReceiverStream::new(stream)).map(|event| match event {
             Ok(event) => Ok(event.into()),
@@ -119,9 +65,9 @@ impl InferenceService for Api {
         request: Request<wire::TokenizeRequest>,
     ) -> Result<Response<wire::TokenizeResponse>, Status> {
         let request = request.into_inner();
-        self.check_model(&request.model)?;
-        let ids = self.tokenizer.encode(&request.text, !request.no_special_tokens);
-        Ok(Response::new(wire::TokenizeResponse { ids: ids.map_err(|error| invalid("text", &error))? }))
+        self.intake.check_model(&request.model).map_err(refused)?;
+        let ids = self.intake.encode(request.text, !request.no_special_tokens).await.map_err(refused)?;
+        Ok(Response::new(wire::TokenizeResponse { ids }))
     }
 
     async fn detokenize(
@@ -129,16 +75,17 @@ impl InferenceService for Api {
         request: Request<wire::DetokenizeRequest>,
     ) -> Result<Response<wire::DetokenizeResponse>, Status> {
         let request = request.into_inner();
-        self.check_model(&request.model)?;
-        self.tokenizer.check(&request.ids).map_err(|error| invalid("ids", &error))?;
-        Ok(Response::new(wire::DetokenizeResponse { text: self.tokenizer.decode(&request.ids) }))
+        self.intake.check_model(&request.model).map_err(refused)?;
+        let tokenizer = &self.intake.tokenizer;
+        tokenizer.check(&request.ids).map_err(|error| Invalid::new("ids", error.to_string()))?;
+        Ok(Response::new(wire::DetokenizeResponse { text: tokenizer.decode(&request.ids) }))
     }
 
     async fn list_models(
         &self,
         _: Request<wire::ListModelsRequest>,
     ) -> Result<Response<wire::ListModelsResponse>, Status> {
-        let ModelIdentity { name, fingerprint, spec } = &*self.model;
+        let ModelIdentity { name, fingerprint, spec } = &*self.intake.model;
         let model = wire::Model {
             name: name.clone(),
             fingerprint: fingerprint.to_string(),
@@ -150,6 +97,20 @@ impl InferenceService for Api {
     }
 }
 
+/// Why nothing was started, as a status.
+fn refused(refusal: Refusal) -> Status {
+    match refusal {
+        Refusal::UnknownModel { .. } => Status::not_found(refusal.to_string()),
+        Refusal::Invalid(error) => error.into(),
+        Refusal::Submit(SubmitError::Full(_) | SubmitError::TooMany { .. }) => {
+            Status::resource_exhausted(refusal.to_string())
+        }
+        Refusal::NotReady(_) | Refusal::Submit(SubmitError::Stopped) => unavailable(refusal),
+        Refusal::Internal(_) => failed(refusal),
+    }
+}
+
+/// Why what was started failed, as a status.
 fn status(error: &GenerateError) -> Status {
     match error {
         GenerateError::TooLarge(_) => Status::invalid_argument(format!("max_tokens: {error}")),

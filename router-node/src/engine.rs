@@ -1,6 +1,6 @@
 //! The engine: one thread that owns the model, the KV cache and every running sequence, and computes step after step.
 //!
-//! Requests come in over a bounded queue and events go out over one channel each. A sequence whose client is gone leaves before
+//! Requests wait in a bounded queue until their first step, and events go out over one channel each. A sequence whose client is gone leaves before
 //! the next step. It computes on its own thread and its pool, never on the I/O runtime; waiting for experts is its only await.
 
 use std::collections::HashMap;
@@ -15,7 +15,7 @@ use sirocco_model::{
 use sirocco_proto::inference::{Event, Finished, Token, Trace};
 use sirocco_types::{FinishReason, Routing, SamplingParams, Timings, Usage};
 use tokio::runtime::Handle;
-use tokio::sync::mpsc;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 use crate::scheduler::{Chunk, Limits, Scheduler, SequenceId, TooLarge};
 
@@ -32,7 +32,7 @@ pub(crate) struct Parts<E> {
 pub(crate) struct EngineLimits {
     /// Sequences that run at once.
     pub(crate) sequences: usize,
-    /// Requests that wait to be taken in; one more is refused.
+    /// Requests that wait for their first step; one more is refused.
     pub(crate) queue: usize,
     /// Tokens computed in one step.
     pub(crate) step_tokens: usize,
@@ -67,11 +67,13 @@ pub(crate) enum GenerateError {
     Internal(String),
 }
 
-/// The engine's queue is full.
+/// Why a request was not taken in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum SubmitError {
-    #[error("{0} requests are waiting already; try again later")]
+    #[error("the queue of {0} requests is full; try again later")]
     Full(usize),
+    #[error("{given} sequences at once, the router's queue takes {most}")]
+    TooMany { given: usize, most: usize },
     #[error("the router is stopping")]
     Stopped,
 }
@@ -79,8 +81,17 @@ pub(crate) enum SubmitError {
 /// A cheap handle to the engine's thread, which ends when the last one is dropped and all its requests are done.
 #[derive(Clone, Debug)]
 pub(crate) struct Engine {
-    requests: mpsc::Sender<Request>,
+    requests: mpsc::Sender<Waiting>,
+    /// The queue's free places.
+    places: Arc<Semaphore>,
     queue: usize,
+}
+
+/// A request and its place in the queue, which it gives up at its first step.
+#[derive(Debug)]
+struct Waiting {
+    request: Request,
+    place: Option<OwnedSemaphorePermit>,
 }
 
 impl Engine {
@@ -94,15 +105,25 @@ impl Engine {
         let thread = std::thread::Builder::new()
             .name("engine".into())
             .spawn(move || EngineThread::new(parts, runtime).run(incoming))?;
-        Ok((Self { requests, queue }, thread))
+        Ok((Self { requests, places: Arc::new(Semaphore::new(queue)), queue }, thread))
     }
 
-    /// Hands over a request, at once or not at all.
-    pub(crate) fn submit(&self, request: Request) -> Result<(), SubmitError> {
-        self.requests.try_send(request).map_err(|error| match error {
-            mpsc::error::TrySendError::Full(_) => SubmitError::Full(self.queue),
-            mpsc::error::TrySendError::Closed(_) => SubmitError::Stopped,
-        })
+    /// Hands over requests, at once and all of them or none.
+    pub(crate) fn submit(&self, requests: Vec<Request>) -> Result<(), SubmitError> {
+        let given = requests.len();
+        if given > self.queue {
+            return Err(SubmitError::TooMany { given, most: self.queue });
+        }
+        let places = Arc::clone(&self.places).try_acquire_many_owned(given as u32);
+        let mut places = places.map_err(|_| SubmitError::Full(self.queue))?;
+        for request in requests {
+            let waiting = Waiting { request, place: places.split(1) };
+            self.requests.try_send(waiting).map_err(|error| match error {
+                mpsc::error::TrySendError::Full(_) => SubmitError::Full(self.queue),
+                mpsc::error::TrySendError::Closed(_) => SubmitError::Stopped,
+            })?;
+        }
+        Ok(())
     }
 }
 
@@ -120,6 +141,8 @@ struct EngineThread<E> {
 /// A request in the engine.
 struct Sequence {
     request: Request,
+    /// Its place in the queue, until its first step.
+    place: Option<OwnedSemaphorePermit>,
     /// The prompt and what was generated.
     tokens: Vec<u32>,
     /// Its part of the KV cache, from its first step on.
@@ -146,16 +169,16 @@ impl<E: Experts> EngineThread<E> {
         Self { model, tokenizer, experts, runtime, kv, scheduler, sequences: HashMap::new(), next_id: 0 }
     }
 
-    fn run(mut self, mut incoming: mpsc::Receiver<Request>) {
+    fn run(mut self, mut incoming: mpsc::Receiver<Waiting>) {
         loop {
             if self.scheduler.is_idle() {
                 match incoming.blocking_recv() {
-                    Some(request) => self.accept(request),
+                    Some(waiting) => self.accept(waiting),
                     None => return,
                 }
             }
-            while let Ok(request) = incoming.try_recv() {
-                self.accept(request);
+            while let Ok(waiting) = incoming.try_recv() {
+                self.accept(waiting);
             }
             self.drop_abandoned();
             let chunks = self.scheduler.schedule();
@@ -165,7 +188,8 @@ impl<E: Experts> EngineThread<E> {
         }
     }
 
-    fn accept(&mut self, request: Request) {
+    fn accept(&mut self, waiting: Waiting) {
+        let Waiting { request, place } = waiting;
         let id = SequenceId(self.next_id);
         self.next_id += 1;
         let submitted = self.scheduler.submit(id, request.prompt.len(), request.sampling.max_tokens as usize);
@@ -182,6 +206,7 @@ impl<E: Experts> EngineThread<E> {
             routing: Vec::new(),
             started: None,
             first_token: None,
+            place,
             request,
         };
         self.sequences.insert(id, sequence);
@@ -192,7 +217,9 @@ impl<E: Experts> EngineThread<E> {
         let gone: Vec<SequenceId> =
             self.sequences.iter().filter(|(_, s)| s.request.events.is_closed()).map(|(id, _)| *id).collect();
         for id in gone {
-            self.remove(id);
+            if let Some(sequence) = self.remove(id) {
+                tracing::debug!(request = sequence.request.id, "its client has left");
+            }
         }
     }
 
@@ -217,6 +244,7 @@ impl<E: Experts> EngineThread<E> {
         for chunk in chunks {
             let sequence = self.sequences.get_mut(&chunk.id).expect("the scheduler runs only what was submitted");
             sequence.started.get_or_insert(now);
+            sequence.place = None;
             if sequence.blocks.is_none() {
                 let most = sequence.tokens.len() + sequence.request.sampling.max_tokens as usize;
                 let blocks = self.kv.allocate(most);

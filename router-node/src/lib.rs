@@ -1,6 +1,6 @@
 //! A router node: runs everything of the model that is not an expert, and serves clients.
 //!
-//! A request's way: `api` checks and tokenises it, `engine` batches and computes step after step as `scheduler` decides,
+//! A request's way: `api` (gRPC) or `openai` (HTTP) reads it, `intake` checks and tokenises it, `engine` batches and computes step after step as `scheduler` decides,
 //! `dispatch` has the experts of each layer run on the nodes that `topology` names and `replicas` chooses among, over the
 //! streams of `connection`. What is routed where is counted and reported by `load`.
 //! It never holds an expert's weights and never writes a placement.
@@ -10,8 +10,10 @@ mod api;
 mod connection;
 mod dispatch;
 mod engine;
+mod intake;
 mod load;
 mod node;
+mod openai;
 mod replicas;
 mod scheduler;
 mod topology;

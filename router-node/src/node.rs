@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use sirocco_compute::{Pool, cpu_description};
-use sirocco_model::{Checkpoint, CheckpointError, KvCache, Model, Tokenizer, TokenizerError};
+use sirocco_model::{ChatTemplate, Checkpoint, CheckpointError, KvCache, Model, Tokenizer, TokenizerError};
 use sirocco_process::http::{self, Health};
 use sirocco_process::{BindError, LifeError, NodeArgs, Running, advertised, bind};
 use sirocco_proto::channel::MAX_MESSAGE_BYTES;
@@ -22,7 +22,9 @@ use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 use crate::api::Api;
 use crate::dispatch::RemoteExperts;
 use crate::engine::{Engine, EngineLimits, Parts};
+use crate::intake::Intake;
 use crate::load::{ExpertCounts, Reporter};
+use crate::openai::{self, Chat};
 use crate::topology::{self, Topology};
 
 const MAX_SEQUENCES: u32 = 32;
@@ -40,7 +42,7 @@ pub struct Config {
     /// Where to serve gRPC; port 0 takes any free one
     #[arg(long, env = "SIROCCO_GRPC", value_name = "ADDR", default_value = "127.0.0.1:8001")]
     pub grpc: SocketAddr,
-    /// Where to serve /live, /ready and /health
+    /// Where to serve the OpenAI-compatible API under /v1, and /live, /ready and /health
     #[arg(long, env = "SIROCCO_HTTP", value_name = "ADDR", default_value = "127.0.0.1:8000")]
     pub http: SocketAddr,
     /// Compute threads
@@ -131,7 +133,7 @@ pub async fn start(
     let reached_at = advertised(grpc_at, http_at, args.advertise.as_deref())?;
     let (folder, threads) = (config.model.clone(), config.threads);
     let loaded = tokio::task::spawn_blocking(move || Loaded::read(&folder, threads)).await;
-    let Loaded { identity, tokenizer, model } = loaded.map_err(std::io::Error::other)??;
+    let Loaded { identity, tokenizer, chat, model } = loaded.map_err(std::io::Error::other)??;
     let limits = EngineLimits {
         sequences: config.max_sequences as usize,
         queue: config.max_queue as usize,
@@ -179,12 +181,15 @@ pub async fn start(
     };
     let parts = Parts { model, tokenizer: Arc::clone(&tokenizer), experts, limits };
     let (engine, engine_thread) = Engine::start(parts, tokio::runtime::Handle::current())?;
-    let api = Api::new(Arc::clone(&identity), tokenizer, engine);
+    let intake = Arc::new(Intake::new(Arc::clone(&identity), tokenizer, engine, health.clone()));
+    let routes = http::routes(health.clone()).merge(openai::routes(Arc::clone(&intake), chat));
+    let service = InferenceServiceServer::new(Api::new(intake)).max_encoding_message_size(MAX_MESSAGE_BYTES);
+    let fronts = Fronts { grpc, services: Services::default().with(service), http, routes };
     let presence = Presence { member, member_key, registration, health: health.clone() };
     let presence = AbortOnDropHandle::new(tokio::spawn(presence.keep(states, topology, shutdown.clone())));
     let grace = Duration::from_secs(args.drain_s);
     let life = Life { presence, mirror, tasks, connections, engine_thread, shutdown, grace };
-    let life = tokio::spawn(life.run(api, (grpc, http), health.clone()));
+    let life = tokio::spawn(life.run(fronts, health.clone()));
     Ok(Running { id: args.id, grpc: grpc_at, http: http_at, health, life: AbortOnDropHandle::new(life) })
 }
 
@@ -192,6 +197,7 @@ pub async fn start(
 struct Loaded {
     identity: Arc<ModelIdentity>,
     tokenizer: Arc<Tokenizer>,
+    chat: Chat,
     model: Model,
 }
 
@@ -202,8 +208,18 @@ impl Loaded {
         let pool = Pool::new(threads).map_err(|error| StartError::Threads(error.to_string()))?;
         let model = Model::load(&checkpoint, pool)?;
         tracing::info!(bytes = model.bytes(), "model loaded, without its experts");
-        Ok(Self { identity: Arc::new(checkpoint.identity().clone()), tokenizer: Arc::new(tokenizer), model })
+        let chat = chat(folder, &checkpoint.identity().name);
+        if let Err(problem) = &chat {
+            tracing::warn!("chats will be refused: {problem}");
+        }
+        Ok(Self { identity: Arc::new(checkpoint.identity().clone()), tokenizer: Arc::new(tokenizer), chat, model })
     }
+}
+
+/// The chat template of `model` in `folder`. One that cannot be used is no reason not to serve the model.
+fn chat(folder: &Path, model: &str) -> Chat {
+    let template = ChatTemplate::load(folder).map_err(|error| format!("the model's chat template: {error}"))?;
+    template.ok_or_else(|| format!("the model {model} has no chat template"))
 }
 
 /// Blocks that the budget pays for, but no more than every sequence at full length can use.
@@ -258,6 +274,14 @@ impl Presence {
     }
 }
 
+/// Where clients come in.
+struct Fronts {
+    grpc: TcpListener,
+    services: Services,
+    http: TcpListener,
+    routes: axum::Router,
+}
+
 /// What a running node consists of.
 struct Life {
     presence: AbortOnDropHandle<Registration>,
@@ -271,12 +295,11 @@ struct Life {
 
 impl Life {
     /// Serves until the shutdown, then finishes the requests under way, leaves the cluster and ends.
-    async fn run(self, api: Api, (grpc, http): (TcpListener, TcpListener), health: Health) -> Result<(), LifeError> {
-        let service = InferenceServiceServer::new(api).max_encoding_message_size(MAX_MESSAGE_BYTES);
-        let services = Services::default().with(service);
+    async fn run(self, fronts: Fronts, health: Health) -> Result<(), LifeError> {
+        let Fronts { grpc, services, http, routes } = fronts;
         let reports = AbortOnDropHandle::new(tokio::spawn(services.health().follow(health.subscribe())));
-        self.tasks.spawn(http::serve(http, health.clone(), self.shutdown.clone()));
-        let served = services.serve(grpc, self.shutdown.clone(), self.grace).await;
+        let http = http::serve_routes(http, routes, self.shutdown.clone(), self.grace);
+        let (served, answered) = tokio::join!(services.serve(grpc, self.shutdown.clone(), self.grace), http);
 
         health.not_ready("stopping");
         self.shutdown.cancel();
@@ -293,7 +316,7 @@ impl Life {
         let all = async { tokio::join!(ended, engine).1 };
         match tokio::time::timeout(self.grace, all).await {
             Ok(Ok(Err(_))) => Err("the engine failed".into()),
-            Ok(_) => Ok(served?),
+            Ok(_) => served.map_err(LifeError::from).and(answered.map_err(LifeError::from)),
             Err(_) => {
                 tracing::warn!("work was still under way at the end of the grace period");
                 Ok(served?)

@@ -4,6 +4,7 @@
 //! the seed and the token's index alone. So the same seed gives the same completion, also when it is resumed in the middle.
 
 use std::cmp::Ordering;
+use std::collections::BTreeMap;
 
 use sirocco_types::SamplingParams;
 
@@ -13,6 +14,8 @@ pub struct Sampler {
     params: SamplingParams,
     /// Whether a token id is in the sequence; only kept for the repetition penalty.
     seen: Vec<bool>,
+    /// How often each token was generated; only kept for the presence and frequency penalties.
+    generated: BTreeMap<u32, u32>,
 }
 
 /// A drawn token.
@@ -32,14 +35,16 @@ pub struct SampledToken {
 pub struct NotFinite(u32);
 
 impl Sampler {
-    /// A sampler for a sequence that starts with `prompt`. `params` must be valid.
+    /// A sampler for a sequence that starts with `prompt`. `params` must be valid, their biased tokens within the vocabulary.
     pub fn new(params: SamplingParams, vocab_size: usize, prompt: &[u32]) -> Self {
         let penalised = (params.repetition_penalty - 1.0).abs() > 0.0;
-        let mut sampler = Self { params, seen: if penalised { vec![false; vocab_size] } else { Vec::new() } };
+        let mut seen = if penalised { vec![false; vocab_size] } else { Vec::new() };
         for id in prompt {
-            sampler.note(*id);
+            if let Some(seen) = seen.get_mut(*id as usize) {
+                *seen = true;
+            }
         }
-        sampler
+        Self { params, seen, generated: BTreeMap::new() }
     }
 
     /// Draws token `index` of the completion from `logits`, `[vocab_size]`, and takes it into the sequence.
@@ -62,14 +67,30 @@ impl Sampler {
         if let Some(seen) = self.seen.get_mut(id as usize) {
             *seen = true;
         }
+        if self.params.frequency_penalty != 0.0 || self.params.presence_penalty != 0.0 {
+            *self.generated.entry(id).or_default() += 1;
+        }
+    }
+
+    /// Applies the penalties and biases to `logits`, `[vocab_size]`.
+    fn adjust(&self, logits: &mut [f32]) {
+        let params = &self.params;
+        for (logit, _) in logits.iter_mut().zip(&self.seen).filter(|(_, seen)| **seen) {
+            *logit = if *logit > 0.0 { *logit / params.repetition_penalty } else { *logit * params.repetition_penalty };
+        }
+        for (id, count) in &self.generated {
+            logits[*id as usize] -= params.frequency_penalty * *count as f32;
+            logits[*id as usize] -= params.presence_penalty;
+        }
+        for (id, bias) in &params.logit_bias {
+            logits[*id as usize] += bias;
+        }
     }
 
     fn draw(&self, index: u32, logits: &[f32]) -> u32 {
         let params = &self.params;
         let mut logits = logits.to_vec();
-        for (logit, _) in logits.iter_mut().zip(&self.seen).filter(|(_, seen)| **seen) {
-            *logit = if *logit > 0.0 { *logit / params.repetition_penalty } else { *logit * params.repetition_penalty };
-        }
+        self.adjust(&mut logits);
         if params.temperature == 0.0 {
             return best_first(&logits, 1)[0];
         }
@@ -182,6 +203,32 @@ mod tests {
         let penalised = |p: &mut SamplingParams| (p.temperature, p.repetition_penalty) = (0.0, 2.0);
         assert_eq!(drawn(penalised, &[1]), [3]);
         assert_eq!(drawn(penalised, &[1, 3]), [2]);
+    }
+
+    /// Ten greedy tokens.
+    fn greedy(change: impl Fn(&mut SamplingParams), prompt: &[u32]) -> Vec<u32> {
+        let mut params = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
+        change(&mut params);
+        let mut sampler = Sampler::new(params, 5, prompt);
+        (0..10).map(|index| sampler.sample(index, &LOGITS).unwrap().id).collect()
+    }
+
+    #[test]
+    fn presence_counts_once_and_frequency_each_time_and_neither_counts_the_prompt() {
+        assert_eq!(greedy(|p| p.presence_penalty = 1.5, &[1, 1, 3]), [1, 3, 2, 1, 1, 1, 1, 1, 1, 1]);
+        assert_eq!(greedy(|p| p.frequency_penalty = 0.75, &[1, 1, 3]), [1, 3, 1, 3, 2, 1, 3, 2, 0, 1]);
+        assert_eq!(greedy(|p| p.frequency_penalty = -1.0, &[]), [1; 10]);
+    }
+
+    #[test]
+    fn a_bias_comes_after_the_penalties_and_decides() {
+        assert_eq!(greedy(|p| p.logit_bias = [(4, 100.0)].into(), &[]), [4; 10]);
+        assert_eq!(drawn(|p| p.logit_bias = [(1, -100.0), (3, -100.0)].into(), &[]), [0, 2, 4]);
+        let pushed = |p: &mut SamplingParams| {
+            p.logit_bias = [(0, 2.5)].into();
+            p.presence_penalty = 2.0;
+        };
+        assert_eq!(greedy(pushed, &[])[..4], [0, 1, 3, 2]);
     }
 
     #[test]

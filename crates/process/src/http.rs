@@ -1,4 +1,5 @@
-//! The small HTTP server beside every gRPC one: whether the process lives, whether it can do its work, and why not.
+//! The small HTTP server beside every gRPC one: whether the process lives, whether it can do its work, and why not. A node may
+//! have it serve more.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -6,6 +7,7 @@ use std::time::{Duration, Instant};
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::routing::get;
+use axum::serve::ListenerExt as _;
 use axum::{Json, Router};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
@@ -53,6 +55,11 @@ impl Health {
         self.obstacle.subscribe()
     }
 
+    /// Why the process is not ready now; none when it is.
+    pub fn obstacle(&self) -> Option<String> {
+        self.obstacle.borrow().clone()
+    }
+
     fn set(&self, obstacle: Option<String>) {
         self.obstacle.send_if_modified(|current| {
             let changed = *current != obstacle;
@@ -64,16 +71,34 @@ impl Health {
 
 /// Serves `/live`, `/ready` and `/health` on `listener` until `shutdown`; answers under way may then take two seconds.
 pub async fn serve(listener: TcpListener, health: Health, shutdown: CancellationToken) -> std::io::Result<()> {
-    let app = Router::new()
+    serve_routes(listener, routes(health), shutdown, GRACE).await
+}
+
+/// `/live`, `/ready` and `/health`, for a node to add its own to.
+pub fn routes(health: Health) -> Router {
+    Router::new()
         .route("/live", get(|| async { "live\n" }))
         .route("/ready", get(ready))
         .route("/health", get(report))
-        .with_state(health);
-    let server = axum::serve(listener, app).with_graceful_shutdown(shutdown.clone().cancelled_owned());
+        .with_state(health)
+}
+
+/// Serves `routes` on `listener` until `shutdown`; answers under way may then take `grace`.
+pub async fn serve_routes(
+    listener: TcpListener,
+    routes: Router,
+    shutdown: CancellationToken,
+    grace: Duration,
+) -> std::io::Result<()> {
+    let listener = listener.tap_io(|stream| {
+        // A connection that refuses the option still works, only slower.
+        let _ = stream.set_nodelay(true);
+    });
+    let server = axum::serve(listener, routes).with_graceful_shutdown(shutdown.clone().cancelled_owned());
     // A client that never finishes its request must not hold up the end.
     let overdue = async {
         shutdown.cancelled().await;
-        tokio::time::sleep(GRACE).await;
+        tokio::time::sleep(grace).await;
     };
     tokio::select! {
         result = server => result,
@@ -89,7 +114,7 @@ async fn ready(State(health): State<Health>) -> (StatusCode, String) {
 }
 
 async fn report(State(health): State<Health>) -> Json<Value> {
-    let obstacle = health.obstacle.borrow().clone();
+    let obstacle = health.obstacle();
     Json(json!({
         "role": health.role,
         "id": &*health.id,

@@ -1,5 +1,7 @@
 //! How a completion is drawn, within which limits, and what it reports.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 /// The limits [`SamplingParams::validate`] enforces.
@@ -14,6 +16,12 @@ pub mod limits {
     pub const TOP_LOGPROBS: usize = 20;
     /// Highest repetition penalty.
     pub const REPETITION_PENALTY: f32 = 10.0;
+    /// Furthest presence and frequency penalties from 0.
+    pub const OCCURRENCE_PENALTY: f32 = 2.0;
+    /// Furthest bias of a token from 0.
+    pub const LOGIT_BIAS: f32 = 100.0;
+    /// Most tokens with a bias.
+    pub const LOGIT_BIASES: usize = 1024;
 }
 
 /// How the next token is drawn. Applied in the order of the fields, as Hugging Face's generation does.
@@ -21,6 +29,12 @@ pub mod limits {
 pub struct SamplingParams {
     /// Divides the logits of tokens already in the sequence (multiplies negative ones); 1 changes nothing.
     pub repetition_penalty: f32,
+    /// Subtracted from a token's logit for each time it was generated; 0 changes nothing.
+    pub frequency_penalty: f32,
+    /// Subtracted from the logits of tokens that were generated at least once; 0 changes nothing.
+    pub presence_penalty: f32,
+    /// Added to the logits of these tokens.
+    pub logit_bias: BTreeMap<u32, f32>,
     /// 0 takes the most likely token; higher flattens the distribution.
     pub temperature: f32,
     /// Keep only the `top_k` most likely tokens; 0 keeps all.
@@ -45,6 +59,9 @@ impl Default for SamplingParams {
     fn default() -> Self {
         Self {
             repetition_penalty: 1.0,
+            frequency_penalty: 0.0,
+            presence_penalty: 0.0,
+            logit_bias: BTreeMap::new(),
             temperature: 1.0,
             top_k: 0,
             top_p: 1.0,
@@ -99,6 +116,13 @@ impl SamplingParams {
         within("top_p", self.top_p, 0.0, 1.0)?;
         within("min_p", self.min_p, 0.0, 1.0)?;
         within("repetition_penalty", self.repetition_penalty, 0.01, limits::REPETITION_PENALTY)?;
+        let furthest = limits::OCCURRENCE_PENALTY;
+        within("frequency_penalty", self.frequency_penalty, -furthest, furthest)?;
+        within("presence_penalty", self.presence_penalty, -furthest, furthest)?;
+        at_most("logit_bias", self.logit_bias.len(), limits::LOGIT_BIASES, " tokens")?;
+        for bias in self.logit_bias.values() {
+            within("logit_bias", *bias, -limits::LOGIT_BIAS, limits::LOGIT_BIAS)?;
+        }
         if self.top_p == 0.0 {
             return Err(SamplingParamsError { field: "top_p", value: "0".into(), limit: "must be above 0".into() });
         }
@@ -161,7 +185,7 @@ mod tests {
     #[test]
     fn absurd_values_are_refused_by_name() {
         type Change = fn(&mut SamplingParams);
-        let cases: [(&str, Change); 11] = [
+        let cases: [(&str, Change); 16] = [
             ("temperature", |p| p.temperature = -1.0),
             ("temperature", |p| p.temperature = f32::NAN),
             ("temperature", |p| p.temperature = f32::INFINITY),
@@ -169,6 +193,11 @@ mod tests {
             ("top_p", |p| p.top_p = 1.5),
             ("min_p", |p| p.min_p = -0.1),
             ("repetition_penalty", |p| p.repetition_penalty = 0.0),
+            ("frequency_penalty", |p| p.frequency_penalty = 2.1),
+            ("presence_penalty", |p| p.presence_penalty = -2.1),
+            ("presence_penalty", |p| p.presence_penalty = f32::NAN),
+            ("logit_bias", |p| p.logit_bias = [(5, 101.0)].into()),
+            ("logit_bias", |p| p.logit_bias = (0..1025).map(|id| (id, 1.0)).collect()),
             ("max_tokens", |p| p.max_tokens = 0),
             ("stop", |p| p.stop = vec![String::new()]),
             ("stop", |p| p.stop = vec!["x".into(); 17]),

@@ -88,6 +88,7 @@ impl InProcess {
         Ok(Addresses {
             coordinator: self.coordinators.nodes[0].grpc.to_string(),
             router: self.routers.nodes[0].grpc.to_string(),
+            router_http: self.routers.nodes[0].http.to_string(),
         })
     }
 }

@@ -70,6 +70,7 @@ pub(crate) struct Args {
 struct Addresses {
     coordinator: String,
     router: String,
+    router_http: String,
 }
 
 /// A cluster under the care of this process.
@@ -152,7 +153,7 @@ async fn serve(args: &Args, addresses: &Addresses, shutdown: &CancellationToken)
 async fn describe(addresses: &Addresses) -> Result<String> {
     let nodes = list_nodes(&addresses.coordinator).await?;
     let rows: Vec<Vec<String>> = nodes.iter().map(NodeView::row).collect();
-    let Addresses { coordinator, router } = addresses;
+    let Addresses { coordinator, router, router_http } = addresses;
     let program = program();
     Ok(format!(
         "{}\n\n\
@@ -160,7 +161,9 @@ async fn describe(addresses: &Addresses) -> Result<String> {
          {program} status --coordinator {coordinator}\n\
          {program} placement show --coordinator {coordinator}\n\
          grpcurl -plaintext -d '{{\"text\": \"In the beginning God\", \"max_tokens\": 16}}' {router} \
-         sirocco.inference.v1.InferenceService/Generate",
+         sirocco.inference.v1.InferenceService/Generate\n\
+         curl http://{router_http}/v1/completions -H 'Content-Type: application/json' \
+         -d '{{\"prompt\": \"In the beginning God\", \"max_tokens\": 16}}'",
         table(&NODE_COLUMNS, &rows, false)
     ))
 }

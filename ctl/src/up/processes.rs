@@ -95,23 +95,23 @@ impl Cluster for Processes {
     async fn start(&mut self, args: &Args, model: &Path) -> Result<Addresses> {
         self.spawn_all(args, model)?;
         let (coordinator, others) = self.nodes.split_first_mut().context("a coordinator was started")?;
-        let coordinator = coordinator.listening().await?;
+        let (coordinator, _) = coordinator.listening().await?;
         let routers = usize::from(args.routers);
         let ready = async {
-            let mut grpc = Vec::new();
+            let mut listening = Vec::new();
             for node in &mut *others {
-                grpc.push(node.listening().await?);
+                listening.push(node.listening().await?);
             }
             for router in &mut others[..routers] {
                 router.line("ready").await?;
             }
-            anyhow::Ok(grpc.swap_remove(0))
+            anyhow::Ok(listening.swap_remove(0))
         };
-        let router = tokio::select! {
+        let (router, router_http) = tokio::select! {
             router = ready => router?,
             result = explain_wait(&coordinator) => return result.and(Err(anyhow!("it was not ready"))),
         };
-        Ok(Addresses { coordinator, router })
+        Ok(Addresses { coordinator, router, router_http })
     }
 
     async fn any_ended(&mut self) -> Result<()> {
@@ -152,11 +152,11 @@ fn describe(status: std::io::Result<ExitStatus>) -> String {
 }
 
 impl Node {
-    /// Its gRPC address, once it listens.
-    async fn listening(&mut self) -> Result<String> {
+    /// Its gRPC and HTTP addresses, once it listens.
+    async fn listening(&mut self) -> Result<(String, String)> {
         let line = self.line("listening ").await?;
-        let grpc = line.split(' ').find_map(|field| field.strip_prefix("grpc="));
-        Ok(grpc.with_context(|| format!("{} says {line:?}", self.id))?.to_owned())
+        let field = |name: &str| line.split(' ').find_map(|field| field.strip_prefix(name)).map(str::to_owned);
+        field("grpc=").zip(field("http=")).with_context(|| format!("{} says {line:?}", self.id))
     }
 
     /// The next line of its output that starts with `start`.

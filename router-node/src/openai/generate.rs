@@ -1,0 +1,188 @@
+//! `POST /v1/completions` and `POST /v1/chat/completions`: from a request's body to its answer.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Instant;
+
+use axum::Json;
+use axum::body::Body;
+use axum::extract::{Extension, State};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse as _, Response};
+use futures::stream::{Peekable, SelectAll, select_all};
+use futures::{Stream, StreamExt as _};
+use sirocco_proto::inference::{Event, Prompt, Trace};
+use sirocco_types::Usage;
+use tokio_stream::wrappers::ReceiverStream;
+
+use super::answer::Head;
+use super::body::Fields;
+use super::choice::{Choice, Kind, Piece, Report};
+use super::problem::Problem;
+use super::sampling::{CHOICES, Drawing, drawing};
+use super::{Api, RequestId, body, prompts, stream};
+use crate::engine::GenerateError;
+use crate::intake::Job;
+
+/// The events of all choices, each with its choice's index, as they come.
+pub(super) type Events = Pin<Box<Peekable<SelectAll<ChoiceEvents>>>>;
+type ChoiceEvents = Pin<Box<dyn Stream<Item = (usize, Result<Event, GenerateError>)> + Send>>;
+
+/// A request under way.
+pub(super) struct Call {
+    pub(super) head: Head,
+    pub(super) report: Report,
+    pub(super) choices: Vec<Choice>,
+    pub(super) events: Events,
+    /// So far.
+    pub(super) usage: Usage,
+    pub(super) include_usage: bool,
+}
+
+/// What a request asks, but for what is to be completed.
+struct Asked {
+    id: String,
+    kind: Kind,
+    fields: Fields,
+    drawing: Drawing,
+    arrived: Instant,
+}
+
+/// What a prompt has become.
+struct Tokens {
+    ids: Vec<u32>,
+    echo: String,
+}
+
+/// `POST /v1/completions`
+pub(super) async fn completions(
+    State(api): State<Api>,
+    Extension(RequestId(id)): Extension<RequestId>,
+    body: Body,
+) -> Result<Response, Problem> {
+    let asked = Asked::read(&api, id, Kind::Completion, body).await?;
+    let prompts = prompts::of_completion(&asked.fields.prompt)?;
+    if prompts.len() * asked.drawing.n > CHOICES {
+        let (prompts, n) = (prompts.len(), asked.drawing.n);
+        let problem = format!("{prompts} prompts with {n} choices each, there may be {CHOICES} choices in all");
+        return Err(Problem::invalid("prompt", problem));
+    }
+    let mut tokens = Vec::with_capacity(prompts.len());
+    for (param, prompt) in prompts {
+        let text = match &prompt {
+            Prompt::Text(text) => Some(text.clone()),
+            Prompt::Ids(_) => None,
+        };
+        let ids = api.intake.tokens(prompt).await.map_err(|refusal| Problem::from(refusal).blamed_on(&param))?;
+        let echo = match asked.fields.echo {
+            Some(true) => text.unwrap_or_else(|| api.intake.tokenizer.decode(&ids)),
+            _ => String::new(),
+        };
+        tokens.push(Tokens { ids, echo });
+    }
+    answer(asked.call(&api, tokens)?).await
+}
+
+/// `POST /v1/chat/completions`
+pub(super) async fn chat_completions(
+    State(api): State<Api>,
+    Extension(RequestId(id)): Extension<RequestId>,
+    body: Body,
+) -> Result<Response, Problem> {
+    let asked = Asked::read(&api, id, Kind::Chat, body).await?;
+    let messages = prompts::of_chat(&asked.fields.messages)?;
+    let chat = Arc::clone(&api.chat);
+    // A template may take its time, so it does not run on the I/O runtime.
+    let rendered = tokio::task::spawn_blocking(move || match &*chat {
+        Ok(template) => template.render(&messages).map_err(|error| error.to_string()),
+        Err(problem) => Err(format!("{problem}; /v1/completions takes a prompt as it is")),
+    });
+    let rendered =
+        rendered.await.map_err(|error| Problem::new(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))?;
+    let text = rendered.map_err(|problem| Problem::invalid("messages", problem))?;
+    let blame = |refusal| Problem::from(refusal).blamed_on("messages");
+    let ids = api.intake.encode(text, false).await.map_err(blame)?;
+    let ids = api.intake.tokens(Prompt::Ids(ids)).await.map_err(blame)?;
+    answer(asked.call(&api, vec![Tokens { ids, echo: String::new() }])?).await
+}
+
+impl Asked {
+    /// Reads and checks `body`.
+    async fn read(api: &Api, id: String, kind: Kind, body: Body) -> Result<Self, Problem> {
+        let arrived = Instant::now();
+        let fields = body::read(body).await?;
+        api.intake.check_model(fields.model.as_deref().unwrap_or_default())?;
+        if fields.stream_options.is_some() && fields.stream != Some(true) {
+            return Err(Problem::invalid("stream_options", "it needs stream to be true"));
+        }
+        let drawing = drawing(kind, &fields)?;
+        Ok(Self { id, kind, fields, drawing, arrived })
+    }
+
+    /// Hands every choice for `prompts` to the engine.
+    fn call(self, api: &Api, prompts: Vec<Tokens>) -> Result<Call, Problem> {
+        let Self { id, kind, fields, drawing, arrived } = self;
+        let report = Report {
+            kind,
+            logprobs: drawing.params.logprobs.map(|_| Arc::clone(&api.intake.tokenizer)),
+            token_ids: fields.return_token_ids == Some(true),
+            stream: fields.stream == Some(true),
+        };
+        let prompt_tokens = prompts.iter().map(|prompt| prompt.ids.len() as u32).sum();
+        let (mut jobs, mut choices) = (Vec::new(), Vec::new());
+        for Tokens { ids, echo } in prompts {
+            for of_prompt in 0..drawing.n {
+                let index = jobs.len();
+                let sampling = drawing.choice(index, of_prompt);
+                jobs.push(Job { id: format!("{id}.{index}"), prompt: ids.clone(), sampling, trace: Trace::default() });
+                let shown = if report.token_ids { ids.clone() } else { Vec::new() };
+                choices.push(Choice::new(report.clone(), index, shown, echo.clone()));
+            }
+        }
+        let streams = api.intake.submit(jobs, arrived)?.into_iter().enumerate();
+        let events = streams.map(|(index, events)| -> ChoiceEvents {
+            let ended = futures::stream::once(async { Err(GenerateError::Internal("the engine has ended".into())) });
+            let finished = |event: &Result<Event, GenerateError>| matches!(event, Ok(Event::Finished(_)) | Err(_));
+            let events = until_last(ReceiverStream::new(events).chain(ended), finished);
+            Box::pin(events.map(move |event| (index, event)))
+        });
+        Ok(Call {
+            head: Head::new(kind, &id, &api.intake.model),
+            report,
+            choices,
+            events: Box::pin(select_all(events).peekable()),
+            usage: Usage { prompt_tokens, completion_tokens: 0 },
+            include_usage: fields.stream_options.is_some_and(|options| options.include_usage == Some(true)),
+        })
+    }
+}
+
+/// The items up to and with the first that is the `last`.
+fn until_last<T>(items: impl Stream<Item = T>, last: impl Fn(&T) -> bool) -> impl Stream<Item = T> {
+    let mut ended = false;
+    items.take_while(move |item| {
+        let goes_on = !ended;
+        ended |= last(item);
+        std::future::ready(goes_on)
+    })
+}
+
+/// Waits for the first event, so that a failure before it has its own status, and answers.
+async fn answer(mut call: Call) -> Result<Response, Problem> {
+    if let Some((_, Err(error))) = call.events.as_mut().peek().await {
+        return Err(error.clone().into());
+    }
+    if call.report.stream {
+        return Ok(stream::sse(call));
+    }
+    let mut pieces: Vec<Piece> = call.choices.iter().map(|_| Piece::default()).collect();
+    while let Some((index, event)) = call.events.next().await {
+        let event = event?;
+        if let Event::Finished(finished) = &event {
+            call.usage.completion_tokens += finished.usage.completion_tokens;
+        }
+        pieces[index].add(event);
+    }
+    let choices = call.choices.iter_mut().zip(&pieces).map(|(choice, piece)| choice.say(piece)).collect();
+    Ok(Json(call.head.whole(choices, call.usage)).into_response())
+}

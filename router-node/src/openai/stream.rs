@@ -1,0 +1,173 @@
+//! An answer as server-sent events: a piece for each token that has something to say, then `[DONE]`. A failure in the middle is
+//! an event with an `error`, and the last one.
+
+use std::collections::VecDeque;
+use std::convert::Infallible;
+
+use axum::response::sse::{Event as SseEvent, KeepAlive, Sse};
+use axum::response::{IntoResponse as _, Response};
+use futures::{StreamExt as _, stream};
+use serde_json::Value;
+use sirocco_proto::inference::Event;
+
+use super::answer::total;
+use super::choice::{Choice, Kind, Piece};
+use super::generate::Call;
+use super::problem::Problem;
+
+const DONE: &str = "[DONE]";
+
+/// A stream on its way to the client, who ends it by leaving.
+struct Sending {
+    call: Call,
+    /// Data of events to be sent before anything else.
+    ready: VecDeque<String>,
+    ended: bool,
+}
+
+/// Streams `call`.
+pub(super) fn sse(call: Call) -> Response {
+    let mut sending = Sending { call, ready: VecDeque::new(), ended: false };
+    if sending.call.report.kind == Kind::Chat {
+        let openings: Vec<Value> = sending.call.choices.iter().map(Choice::opening).collect();
+        for opening in openings {
+            sending.say(vec![opening]);
+        }
+    }
+    let events = stream::unfold(sending, Sending::next);
+    let events = events.map(|data| Ok::<_, Infallible>(SseEvent::default().data(data)));
+    Sse::new(events).keep_alive(KeepAlive::default()).into_response()
+}
+
+impl Sending {
+    async fn next(mut self) -> Option<(String, Self)> {
+        loop {
+            if let Some(data) = self.ready.pop_front() {
+                return Some((data, self));
+            }
+            if self.ended {
+                return None;
+            }
+            match self.call.events.next().await {
+                Some((index, Ok(event))) => self.take(index, event),
+                Some((_, Err(error))) => {
+                    self.ready.push_back(Problem::from(error).body().to_string());
+                    self.ended = true;
+                }
+                None => self.end(),
+            }
+        }
+    }
+
+    fn take(&mut self, index: usize, event: Event) {
+        if let Event::Finished(finished) = &event {
+            self.call.usage.completion_tokens += finished.usage.completion_tokens;
+        }
+        let mut piece = Piece::default();
+        piece.add(event);
+        let choice = &mut self.call.choices[index];
+        if choice.says(&piece) {
+            let said = choice.say(&piece);
+            self.say(vec![said]);
+        }
+    }
+
+    fn end(&mut self) {
+        if self.call.include_usage {
+            let mut last = self.call.head.piece(Vec::new());
+            last["usage"] = total(self.call.usage);
+            self.ready.push_back(last.to_string());
+        }
+        self.ready.push_back(DONE.to_owned());
+        self.ended = true;
+    }
+
+    fn say(&mut self, choices: Vec<Value>) {
+        let mut piece = self.call.head.piece(choices);
+        if self.call.include_usage {
+            piece["usage"] = Value::Null;
+        }
+        self.ready.push_back(piece.to_string());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+    use sirocco_proto::inference::{Finished, Token};
+    use sirocco_types::{FinishReason, Timings, Usage};
+
+    use super::super::answer::Head;
+    use super::super::choice::Report;
+    use super::*;
+    use crate::engine::GenerateError;
+
+    fn token(index: u32, text: &str) -> Event {
+        let (text, top_logprobs) = (text.to_owned(), Vec::new());
+        Event::Token(Token { index, id: 7, text, logprob: None, top_logprobs, logits: Vec::new(), routing: Vec::new() })
+    }
+
+    fn finished(text: &str) -> Event {
+        let usage = Usage { prompt_tokens: 3, completion_tokens: 2 };
+        Event::Finished(Finished { reason: FinishReason::Stop, usage, timings: Timings::default(), text: text.into() })
+    }
+
+    /// The frames of a stream of one choice.
+    async fn frames(kind: Kind, token_ids: bool, events: Vec<Result<Event, GenerateError>>) -> Vec<String> {
+        let events: std::pin::Pin<Box<dyn futures::Stream<Item = _> + Send>> =
+            Box::pin(stream::iter(events.into_iter().map(|event| (0, event))));
+        let report = Report { kind, logprobs: None, token_ids, stream: true };
+        let call = Call {
+            head: Head::example(kind),
+            report: report.clone(),
+            choices: vec![Choice::new(report, 0, vec![1, 2, 3], String::new())],
+            events: Box::pin(stream::select_all([events]).peekable()),
+            usage: Usage { prompt_tokens: 3, completion_tokens: 0 },
+            include_usage: true,
+        };
+        let body = axum::body::to_bytes(sse(call).into_body(), usize::MAX).await.unwrap();
+        let text = String::from_utf8(body.to_vec()).unwrap();
+        assert!(text.ends_with("\n\n"));
+        text.trim_end().split("\n\n").map(|frame| frame.strip_prefix("data: ").unwrap().to_owned()).collect()
+    }
+
+    fn json(frame: &str) -> Value {
+        serde_json::from_str(frame).unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_stream_is_pieces_then_usage_then_done() {
+        let events = || vec![Ok(token(0, "a\nb")), Ok(token(1, "")), Ok(finished("c"))];
+        let frames = frames(Kind::Completion, false, events()).await;
+        assert_eq!(frames.len(), 4, "a token without text says nothing: {frames:?}");
+        assert_eq!(json(&frames[0])["choices"][0]["text"], "a\nb");
+        assert_eq!(json(&frames[0])["usage"], Value::Null);
+        let last = json!({"index": 0, "text": "c", "logprobs": null, "finish_reason": "stop"});
+        assert_eq!(json(&frames[1])["choices"][0], last);
+        assert_eq!(json(&frames[2])["usage"], json!({"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}));
+        assert_eq!(json(&frames[2])["choices"], json!([]));
+        assert_eq!(frames[3], "[DONE]");
+    }
+
+    #[tokio::test]
+    async fn a_chat_begins_with_its_role_and_token_ids_miss_none() {
+        let frames = frames(Kind::Chat, true, vec![Ok(token(0, "a")), Ok(token(1, "")), Ok(finished(""))]).await;
+        let choice = |index: usize| json(&frames[index])["choices"][0].clone();
+        assert_eq!(choice(0)["delta"], json!({"role": "assistant", "content": ""}));
+        assert_eq!(
+            (&choice(1)["delta"], &choice(1)["prompt_token_ids"]),
+            (&json!({"content": "a"}), &json!([1, 2, 3]))
+        );
+        assert_eq!((&choice(2)["delta"], &choice(2)["token_ids"]), (&json!({}), &json!([7])));
+        assert_eq!(choice(3)["finish_reason"], "stop");
+    }
+
+    #[tokio::test]
+    async fn a_failure_is_the_last_event() {
+        let error = GenerateError::Unavailable("expert 3 is away".into());
+        let frames = frames(Kind::Completion, false, vec![Ok(token(0, "a")), Err(error), Ok(token(1, "b"))]).await;
+        assert_eq!(frames.len(), 2);
+        let error = &json(&frames[1])["error"];
+        assert_eq!((&error["message"], &error["type"]), (&json!("expert 3 is away"), &json!("server_error")));
+    }
+}
