@@ -18,7 +18,7 @@ use sirocco_process::chain;
 use sirocco_store::{
     ClusterState, Keys, LEADER_TTL, Leadership, Lease, MAX_TXN_OPS, Op, Revision, Store, StoreError, Txn, campaign,
 };
-use sirocco_types::{Bytes, NodeId, OperationKind, OperationState};
+use sirocco_types::{NodeId, OperationKind, OperationState};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -27,7 +27,7 @@ use crate::inputs::Inputs;
 use crate::load::{LoadSnapshot, now_ms};
 use crate::operations::{Decision, Refusal, Request, decide, summary};
 use crate::rebalance::{Policy, due, pays};
-use crate::reconcile::{Action, Signature, begin, end, model_to_adopt, needs_plan, next_actions, publish, why_plan};
+use crate::reconcile::{Action, Signature, begin, end, model_to_adopt, needs_plan, next_actions, place, publish};
 
 /// Wait before a step that failed is tried again.
 const RETRY: Duration = Duration::from_millis(500);
@@ -231,7 +231,6 @@ impl Candidate {
     /// Plans for nodes or limits that have changed.
     async fn place(&self, state: &ClusterState, inputs: Inputs, term: &Term) -> Result<Step, StoreError> {
         let signature = self.signature();
-        let why = why_plan(state, &inputs);
         let Ok((inputs, planned)) = in_background(move || {
             let planned = inputs.plan(None);
             (inputs, planned)
@@ -240,9 +239,7 @@ impl Candidate {
         else {
             return Ok(Step::Wait(Some(RETRY)));
         };
-        let detail = format!("{why}: {} experts, {}", planned.moves.len(), Bytes(planned.moved_bytes));
-        let operation = begin(state, OperationKind::Place, self.id.as_str(), detail, &signature);
-        self.write(publish(state, &inputs, planned, operation, &signature), &term.leadership).await
+        self.write(place(state, &inputs, planned, &signature), &term.leadership).await
     }
 
     /// Plans for load that has changed, when that is due and pays.

@@ -8,8 +8,8 @@ use std::collections::BTreeMap;
 
 use sirocco_store::ClusterState;
 use sirocco_types::{
-    Cordon, Epoch, EpochAbout, ExpertKey, Fingerprint, MinReplicas, ModelIdentity, NodeId, Operation, OperationKind,
-    OperationState, Placement, Role,
+    Bytes, Cordon, Epoch, EpochAbout, ExpertKey, Fingerprint, MinReplicas, ModelIdentity, NodeId, Operation,
+    OperationKind, OperationState, Placement, Role,
 };
 
 use crate::inputs::{Inputs, Planned, usable};
@@ -27,6 +27,8 @@ pub(crate) enum Action {
     AdoptModel(ModelIdentity),
     /// Nodes load towards this placement, whose epoch is new.
     PublishTarget(Placement, EpochAbout),
+    /// The target, of this epoch, is right for other inputs too.
+    KeepTarget(Epoch, EpochAbout),
     /// Routers dispatch by this epoch.
     FlipServing(Epoch),
     /// Nobody needs this epoch any more.
@@ -69,7 +71,7 @@ pub(crate) fn needs_plan(state: &ClusterState, inputs: &Inputs) -> bool {
 }
 
 /// Why [`needs_plan`]: what has changed since the target was made, a sentence.
-pub(crate) fn why_plan(state: &ClusterState, inputs: &Inputs) -> String {
+fn why_plan(state: &ClusterState, inputs: &Inputs) -> String {
     let Some(target) = state.target() else { return "first placement".to_owned() };
     let mut known: Vec<&NodeId> = target.iter().flat_map(|(_, nodes)| nodes).collect();
     known.sort_unstable();
@@ -87,6 +89,21 @@ pub(crate) fn why_plan(state: &ClusterState, inputs: &Inputs) -> String {
         1..=4 => changes.join(", "),
         more => format!("{}, and {} more", changes[..3].join(", "), more - 3),
     }
+}
+
+/// Makes `planned` the target for inputs that have changed; a target that stays as it is only says so.
+pub(crate) fn place(state: &ClusterState, inputs: &Inputs, planned: Planned, signature: &Signature) -> Vec<Action> {
+    let about = state.target().filter(|target| target.layers == planned.layers).and_then(|target| {
+        let about = state.about(target.epoch)?;
+        Some(Action::KeepTarget(target.epoch, EpochAbout { inputs: inputs.digest().to_owned(), ..about.clone() }))
+    });
+    if let Some(kept) = about {
+        return vec![kept];
+    }
+    let (why, bytes) = (why_plan(state, inputs), Bytes(planned.moved_bytes));
+    let detail = format!("{why}: {} experts, {bytes}", planned.moves.len());
+    let operation = begin(state, OperationKind::Place, &signature.leader, detail, signature);
+    publish(state, inputs, planned, operation, signature)
 }
 
 /// Makes `planned` the target: its operation, of `kind`, and the placement under the next epoch.

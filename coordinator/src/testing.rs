@@ -5,13 +5,13 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 use serde_json::{Value, json};
 use sirocco_store::{ClusterState, Keys, Op};
-use sirocco_types::{ExpertHoldings, LayerLoad, NodeId, Operation, OperationKind, Role};
+use sirocco_types::{ExpertHoldings, LayerLoad, NodeId, Operation, Role};
 
 use crate::inputs::Inputs;
 use crate::leader::ops;
 use crate::load::LoadSnapshot;
 use crate::operations::{Refusal, Request, decide};
-use crate::reconcile::{Action, Signature, begin, model_to_adopt, needs_plan, next_actions, publish, why_plan};
+use crate::reconcile::{Action, Signature, model_to_adopt, needs_plan, next_actions, place};
 
 /// A store's entries, built up as a cluster would.
 #[derive(Clone, Debug, Default)]
@@ -129,8 +129,7 @@ impl Cluster {
         };
         let actions = match Inputs::of(&state, &self.loads) {
             Some(inputs) if actions.is_empty() && needs_plan(&state, &inputs) => {
-                let operation = begin(&state, OperationKind::Place, "c", why_plan(&state, &inputs), &signature);
-                publish(&state, &inputs, inputs.plan(None), operation, &signature)
+                place(&state, &inputs, inputs.plan(None), &signature)
             }
             _ => actions,
         };

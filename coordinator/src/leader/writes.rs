@@ -21,6 +21,7 @@ pub(crate) fn ops(keys: &Keys, action: Action, leader: &str) -> Vec<Op> {
             ops.push(put(keys.placement(PlacementKind::Target), &EpochRef { epoch, leader: leader.to_owned() }));
             ops
         }
+        Action::KeepTarget(epoch, about) => vec![put(keys.about(epoch), &about)],
         Action::FlipServing(epoch) => {
             vec![put(keys.placement(PlacementKind::Serving), &EpochRef { epoch, leader: leader.to_owned() })]
         }
@@ -48,7 +49,11 @@ pub(super) fn log(action: &Action) {
             let (id, kind, state) = (operation.id, operation.kind, operation.state);
             tracing::debug!(id, %kind, subject = operation.subject, %state, detail = operation.detail, "operation");
         }
-        Action::Cordon(..) | Action::SetMinReplicas(_) | Action::ForgetEpoch(_) | Action::ForgetOperation(_) => {}
+        Action::KeepTarget(..)
+        | Action::Cordon(..)
+        | Action::SetMinReplicas(_)
+        | Action::ForgetEpoch(_)
+        | Action::ForgetOperation(_) => {}
     }
 }
 

@@ -11,6 +11,7 @@ fn named(actions: &[Action]) -> String {
     let name = |action: &Action| match action {
         Action::AdoptModel(_) => "adopt".to_owned(),
         Action::PublishTarget(placement, _) => format!("target{}", placement.epoch),
+        Action::KeepTarget(epoch, _) => format!("keep{epoch}"),
         Action::FlipServing(epoch) => format!("serving{epoch}"),
         Action::ForgetEpoch(epoch) => format!("forget{epoch}"),
         Action::Record(operation) => format!("{}-{}", operation.kind, operation.state),
@@ -130,6 +131,14 @@ fn old_epochs_and_operations_are_forgotten_but_not_those_in_use() {
     assert!(state.epochs().count() <= EPOCHS_KEPT + 1);
     assert_eq!(state.operations().count(), OPERATIONS_KEPT);
     assert!(state.target().is_some() && state.serving().is_some());
+}
+
+#[test]
+fn a_change_that_moves_nothing_makes_no_new_placement() {
+    let mut cluster = Cluster::serving(&["a", "b"]);
+    cluster.ask(&Request::Cordon(NodeId::new("a").unwrap())).unwrap();
+    assert_eq!(step(&mut cluster), "keep1");
+    assert_eq!(step(&mut cluster), "");
 }
 
 #[test]

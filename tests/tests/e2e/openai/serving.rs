@@ -1,7 +1,7 @@
 //! How requests are served when clients leave, queues fill and nodes die, and what of them is logged.
 
 use serde_json::{Value, json};
-use sirocco_testkit::cluster::{Cluster, Node};
+use sirocco_testkit::cluster::{Cluster, Node, Setup};
 use sirocco_testkit::etcd::Etcd;
 use sirocco_testkit::{repository, wait_for};
 
@@ -18,12 +18,14 @@ fn endless() -> Value {
 
 fn start(etcd: &Etcd, name: &str, envs: &[(&str, &str)]) -> Cluster {
     let demo = repository("models/demo");
-    Cluster::start_with(etcd, name, &demo, std::slice::from_ref(&demo), envs).unwrap()
+    let models = std::slice::from_ref(&demo);
+    let setup = Setup { name, router_model: &demo, models, coordinators: 1, routers: 1, envs };
+    Cluster::start_with(&etcd.endpoint(), &setup).unwrap()
 }
 
 /// Waits until the router has logged `count` lines with `part`.
 fn wait_for_log(cluster: &Cluster, part: &str, count: usize) {
-    let log = &cluster.router.process;
+    let log = &cluster.routers[0].process;
     wait_for(&format!("{part:?} in the log, {count} times"), || {
         Ok((log.stderr().matches(part).count() >= count).then_some(()))
     })
@@ -35,7 +37,7 @@ fn a_client_that_leaves_frees_the_engine() {
     let etcd = Etcd::start().unwrap();
     let envs = [("RUST_LOG", "debug"), ("SIROCCO_MAX_SEQUENCES", "1")];
     let cluster = start(&etcd, "leaving", &envs);
-    let http = &cluster.router.http;
+    let http = &cluster.routers[0].http;
     let mut stream = post(http, COMPLETIONS, &endless());
     assert!(stream.event().is_some());
     drop(stream);
@@ -54,7 +56,7 @@ fn a_full_queue_is_refused_and_says_when_to_come_back() {
     let etcd = Etcd::start().unwrap();
     let envs = [("RUST_LOG", "debug"), ("SIROCCO_MAX_SEQUENCES", "1"), ("SIROCCO_MAX_QUEUE", "1")];
     let cluster = start(&etcd, "full", &envs);
-    let http = &cluster.router.http;
+    let http = &cluster.routers[0].http;
     let mut running = post(http, COMPLETIONS, &endless());
     assert!(running.event().is_some());
     let short = json!({"prompt": "x", "max_tokens": 4});
@@ -75,7 +77,7 @@ fn a_full_queue_is_refused_and_says_when_to_come_back() {
 fn a_failure_in_mid_stream_is_an_event_and_one_before_it_a_status() {
     let etcd = Etcd::start().unwrap();
     let mut cluster = start(&etcd, "dying", &[("SIROCCO_EXPERT_TIMEOUT_S", "1")]);
-    let http = cluster.router.http.clone();
+    let http = cluster.routers[0].http.clone();
     let mut stream = post(&http, COMPLETIONS, &endless());
     assert!(stream.event().is_some());
     cluster.experts[0].process.kill().unwrap();
@@ -104,7 +106,7 @@ fn debug_logs_show_nothing_that_came_or_went_over_http() {
     let golden = &goldens()[2];
     let etcd = Etcd::start().unwrap();
     let cluster = start(&etcd, "discreet", &[("RUST_LOG", "debug")]);
-    let http = &cluster.router.http;
+    let http = &cluster.routers[0].http;
     let body = json!({"prompt": golden.prompt, "max_tokens": 48, "temperature": 0});
     assert_eq!(ask(http, COMPLETIONS, &body)["choices"][0]["text"], golden.greedy_text.as_str());
     let messages = json!([{"role": "user", "content": golden.prompt}]);
@@ -113,7 +115,7 @@ fn debug_logs_show_nothing_that_came_or_went_over_http() {
     assert_eq!(post(http, COMPLETIONS, &json!({"prompt": golden.prompt, "temperature": 9})).status, 400);
     assert_eq!(post(http, COMPLETIONS, &json!({"prompt": {golden.prompt.clone(): 1}})).status, 400);
 
-    let log = cluster.router.process.stderr();
+    let log = cluster.routers[0].process.stderr();
     assert!(log.contains("over HTTP"), "the router logs at debug");
     let ids = golden.greedy_ids[..6].iter().map(ToString::to_string).collect::<Vec<_>>();
     let secrets = [golden.prompt.as_str(), &golden.greedy_text[..20], &ids.join(", "), &ids.join(",")];
