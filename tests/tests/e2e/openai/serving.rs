@@ -1,5 +1,6 @@
 //! How requests are served when clients leave, queues fill and nodes die, and what of them is logged.
 
+use rustix::process::Signal;
 use serde_json::{Value, json};
 use sirocco_testkit::cluster::{Cluster, Node, Setup};
 use sirocco_testkit::etcd::Etcd;
@@ -99,6 +100,21 @@ fn a_router_that_is_not_ready_says_so() {
     assert_eq!((refused.status, refused.header("retry-after")), (503, Some("5")));
     let message = refused.json()["error"]["message"].as_str().unwrap().to_owned();
     assert!(message.contains("no placement serves yet"), "{message}");
+}
+
+#[test]
+fn a_router_that_is_stopped_finishes_its_streams() {
+    let etcd = Etcd::start().unwrap();
+    let mut cluster = start(&etcd, "stopping", &[]);
+    let body = json!({"prompt": "x", "max_tokens": 300, "ignore_eos": true, "stream": true, "return_token_ids": true});
+    let mut stream = post(&cluster.router.http, COMPLETIONS, &body);
+    assert!(stream.event().is_some());
+    cluster.router.process.signal(Signal::TERM).unwrap();
+    let pieces = stream.pieces();
+    assert_eq!(pieces.last().unwrap()["choices"][0]["finish_reason"], "length");
+    let tokens = pieces.iter().filter(|piece| piece["choices"][0]["token_ids"] != json!([])).count();
+    assert_eq!(tokens, 299);
+    assert!(cluster.router.process.wait().unwrap().success(), "{}", cluster.router.process.stderr());
 }
 
 #[test]
