@@ -2,8 +2,9 @@
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use sirocco_testkit::cluster::{Cluster, Node, Setup};
+use sirocco_testkit::cluster::{Cluster, Setup};
 use sirocco_testkit::etcd::Etcd;
+use sirocco_testkit::process::Process;
 use sirocco_testkit::{repository, wait_for};
 
 use super::client::{Answer, ask, post, send};
@@ -95,8 +96,12 @@ fn a_failure_in_mid_stream_is_an_event_and_one_before_it_a_status() {
 fn a_router_that_is_not_ready_says_so() {
     let etcd = Etcd::start().unwrap();
     let demo = repository("models/demo");
-    let router = Node::start("router-node", "r", "alone", &etcd.endpoint(), Some(&demo), &[]).unwrap();
-    let refused = post(&router.http, COMPLETIONS, &json!({"prompt": "x"}));
+    let any = ["--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0"];
+    let args = ["--id", "r", "--etcd", &etcd.endpoint(), "--model", demo.to_str().unwrap()];
+    let mut router = Process::start("router-node", &[&args[..], &any].concat(), &[]).unwrap();
+    let listens = router.wait_for_line("listening ").unwrap();
+    let http = listens.split(' ').find_map(|field| field.strip_prefix("http=")).unwrap();
+    let refused = post(http, COMPLETIONS, &json!({"prompt": "x"}));
     assert_eq!((refused.status, refused.header("retry-after")), (503, Some("5")));
     let message = refused.json()["error"]["message"].as_str().unwrap().to_owned();
     assert!(message.contains("no placement serves yet"), "{message}");
@@ -107,14 +112,14 @@ fn a_router_that_is_stopped_finishes_its_streams() {
     let etcd = Etcd::start().unwrap();
     let mut cluster = start(&etcd, "stopping", &[]);
     let body = json!({"prompt": "x", "max_tokens": 300, "ignore_eos": true, "stream": true, "return_token_ids": true});
-    let mut stream = post(&cluster.router.http, COMPLETIONS, &body);
+    let mut stream = post(&cluster.routers[0].http, COMPLETIONS, &body);
     assert!(stream.event().is_some());
-    cluster.router.process.signal(Signal::TERM).unwrap();
+    cluster.routers[0].process.signal(Signal::TERM).unwrap();
     let pieces = stream.pieces();
     assert_eq!(pieces.last().unwrap()["choices"][0]["finish_reason"], "length");
     let tokens = pieces.iter().filter(|piece| piece["choices"][0]["token_ids"] != json!([])).count();
     assert_eq!(tokens, 299);
-    assert!(cluster.router.process.wait().unwrap().success(), "{}", cluster.router.process.stderr());
+    assert!(cluster.routers[0].process.wait().unwrap().success(), "{}", cluster.routers[0].process.stderr());
 }
 
 #[test]
