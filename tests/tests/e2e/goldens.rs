@@ -10,7 +10,7 @@ use sirocco_proto::channel;
 use sirocco_proto::cluster::ClusterServiceClient;
 use sirocco_proto::wire::cluster::{ListExpertsRequest, ListNodesRequest, Role};
 use sirocco_proto::wire::inference as wire;
-use sirocco_testkit::cluster::Cluster;
+use sirocco_testkit::cluster::{Cluster, Setup};
 use sirocco_testkit::etcd::Etcd;
 use sirocco_testkit::repository;
 
@@ -75,7 +75,11 @@ async fn every_cluster_says_what_one_process_and_transformers_say() {
     let folder = tempfile::tempdir().unwrap();
     // Expert e of every layer is placed on node e, which has nothing but poison beside it.
     let own_bytes: Vec<PathBuf> = (0..8).map(|expert| poisoned(folder.path(), expert)).collect();
-    let eight = Cluster::start(&etcd, "eight", &demo, &own_bytes).unwrap();
+    // Load would move experts to nodes that have only poison in their place.
+    let envs = [("SIROCCO_NO_AUTO_REBALANCE", "true")];
+    let setup =
+        Setup { name: "eight", router_model: &demo, models: &own_bytes, coordinators: 1, routers: 1, envs: &envs };
+    let eight = Cluster::start_with(&etcd.endpoint(), &setup).unwrap();
     check_goldens(&eight.routers[0].grpc, &goldens, &local).await;
     check_placement(&eight.coordinators[0].grpc).await;
     drop(eight);
