@@ -26,8 +26,9 @@
 //! - **cordoned**: a cordoned node gets nothing new.
 //! - **occupied**: a node that may take experts and has memory left holds an expert of every layer, unless every way to
 //!   give it one would crowd a zone.
-//! - **no worse**: when memory is ample and phases 1 to 3 found all required replicas their zones, the sum over layers of the
-//!   slowest node's time, rent included, is at most what they leave.
+//! - **no worse**: when memory is ample and phases 1 to 3 left nothing for a later round (no required replica without its
+//!   zone, no idle node that zones kept idle), the sum over layers of the slowest node's time, rent included, is at most
+//!   what they leave.
 
 mod layer;
 mod load;

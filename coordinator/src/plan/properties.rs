@@ -382,7 +382,11 @@ proptest! {
         let lacks = |(index, holders): (usize, &Vec<u32>)| {
             holders.len() < case.min_replicas[index].max(1) as usize || case.crowded(holders)
         };
-        if repaired.holders.iter().enumerate().any(lacks) {
+        let idle = |layer: usize| {
+            let mut nodes = 0..case.nodes.len();
+            nodes.any(|node| case.count(&repaired, layer, node) == 0 && case.has_room(&repaired, layer, node))
+        };
+        if repaired.holders.iter().enumerate().any(lacks) || (0..case.shape.layers).any(idle) {
             return Ok(());
         }
         let (repaired, layout) = (case.price(&repaired), case.price(&case.plan().layout));
