@@ -38,8 +38,8 @@ pub(crate) struct Args {
     /// Speeds that are dealt to the nodes in turn, 100 for an ordinary one
     #[arg(long, env = "SIROCCO_SPEEDS", value_name = "N,N", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=10_000))]
     speeds: Vec<u32>,
-    /// Loads of the experts: zipf:EXPONENT, uniform, measured:LANGUAGE (en, fr, de, es, it) or file:PATH, a JSON array
-    /// [layers][experts], or [rounds][layers][experts] with the loads of each round
+    /// Loads of the experts: zipf:EXPONENT, uniform, measured:LANGUAGE (en, fr, de, es, it) or file:PATH, JSON:
+    /// a list of layers of experts, or of rounds of layers of experts
     #[arg(long, env = "SIROCCO_LOADS", value_name = "SOURCE", default_value = "zipf:1")]
     loads: Source,
     /// How often to plan
@@ -59,7 +59,7 @@ pub(crate) struct Args {
     seed: u64,
     #[command(flatten)]
     prices: Prices,
-    /// Show which nodes hold each expert too, in JSON and YAML: [layers][experts][replicas]
+    /// Show which nodes hold each expert too, in JSON and YAML: by layer, expert and replica
     #[arg(long, env = "SIROCCO_LAYOUT")]
     layout: bool,
     /// How to show the answer

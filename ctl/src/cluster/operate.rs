@@ -30,7 +30,7 @@ const POLL: Duration = Duration::from_millis(200);
 pub(crate) struct Act {
     #[command(flatten)]
     pub(super) query: Query,
-    /// Who asks, for the record [default: you@this-machine]
+    /// Who asks, for the record; you@this-machine when absent
     #[arg(long, env = "SIROCCO_BY", value_name = "WHO", default_value_t = whoever(), hide_default_value = true)]
     by: String,
     /// Longest wait, in seconds, for the operation's end
