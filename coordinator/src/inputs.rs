@@ -177,7 +177,8 @@ impl Inputs {
         }
     }
 
-    /// The experts that nodes load for `layout`, each with a node that gives it up, while there is one.
+    /// The experts that nodes load for `layout`, each with a node that gives it up, while there is one: by name, because a node
+    /// that gives experts up may be one that is not planned for any more.
     fn moves(&self, layout: &Layout) -> Vec<Move> {
         let mut moves = Vec::new();
         for (index, now) in layout.holders.iter().enumerate() {

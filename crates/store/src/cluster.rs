@@ -164,11 +164,6 @@ impl ClusterState {
         self.cordons.get(node).map(|cordon| &**cordon)
     }
 
-    /// Every node that an operator has cordoned or drained, by id.
-    pub fn cordons(&self) -> impl Iterator<Item = (&NodeId, &Cordon)> {
-        self.cordons.iter().map(|(id, cordon)| (id, &**cordon))
-    }
-
     /// The least number of replicas.
     pub fn min_replicas(&self) -> &MinReplicas {
         &self.min_replicas
