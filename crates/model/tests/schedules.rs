@@ -3,13 +3,16 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::Poll;
 
 use futures::executor::block_on;
 use proptest::prelude::*;
 use safetensors::{SafeTensors, serialize_to_file};
 use serde_json::Value;
 use sirocco_compute::Pool;
-use sirocco_model::{Checkpoint, KvCache, LocalExperts, Logits, Model, SequenceChunk};
+use sirocco_model::{Checkpoint, Experts, ExpertsError, KvCache, LocalExperts, Logits, Model, SequenceChunk};
+use sirocco_types::{LayerId, Routing};
 
 const WEIGHTS: &str = "model.safetensors";
 
@@ -145,7 +148,7 @@ fn a_copied_block_goes_on_as_the_block_it_was_copied_from() {
     let Setup { checkpoint, model, experts } = &*ONE_THREAD;
     let tokens: Vec<u32> = (0..40).map(|i| (i * 37 + 11) % 256).collect();
     let mut kv = KvCache::new(checkpoint.spec(), 6);
-    let mut compute = |kv: &mut KvCache, blocks: &[u32], from: usize| {
+    let compute = |kv: &mut KvCache, blocks: &[u32], from: usize| {
         let chunk = SequenceChunk { blocks, start: from, tokens: &tokens[from..], logits: Logits::All };
         block_on(model.forward(&[&[chunk]], kv, experts)).unwrap().logits
     };
@@ -153,4 +156,44 @@ fn a_copied_block_goes_on_as_the_block_it_was_copied_from() {
     assert_eq!(whole.len(), tokens.len());
     kv.copy(1, 4);
     assert_eq!(compute(&mut kv, &[0, 4, 5], 25), whole[25..]);
+}
+
+/// Experts that take a while, and how many batches wait for them at once.
+struct Distant<'a> {
+    experts: &'a LocalExperts,
+    waiting: AtomicUsize,
+    most: AtomicUsize,
+}
+
+impl Experts for Distant<'_> {
+    async fn forward(&self, layer: LayerId, hidden: &[f32], routing: &Routing) -> Result<Vec<f32>, ExpertsError> {
+        self.most.fetch_max(self.waiting.fetch_add(1, Ordering::Relaxed) + 1, Ordering::Relaxed);
+        let mut asked = false;
+        std::future::poll_fn(|context| {
+            context.waker().wake_by_ref();
+            if std::mem::replace(&mut asked, true) { Poll::Ready(()) } else { Poll::Pending }
+        })
+        .await;
+        self.waiting.fetch_sub(1, Ordering::Relaxed);
+        self.experts.forward(layer, hidden, routing).await
+    }
+}
+
+#[test]
+fn while_one_batch_waits_for_its_experts_another_goes_on() {
+    let Setup { checkpoint, model, experts } = &*ONE_THREAD;
+    let run = |together: bool| {
+        let experts = Distant { experts, waiting: AtomicUsize::new(0), most: AtomicUsize::new(0) };
+        let mut kv = KvCache::new(checkpoint.spec(), 2);
+        let chunk =
+            |block: &'static [u32]| SequenceChunk { blocks: block, start: 0, tokens: &[1, 2], logits: Logits::Last };
+        let chunks = [chunk(&[0]), chunk(&[1])];
+        let (first, second) = chunks.split_at(1);
+        let batches: &[&[SequenceChunk]] = if together { &[&chunks] } else { &[first, second] };
+        let output = block_on(model.forward(batches, &mut kv, &experts)).unwrap();
+        (output.logits, experts.most.into_inner())
+    };
+    let (one, two) = (run(true), run(false));
+    assert_eq!((one.1, two.1), (1, 2));
+    assert_eq!(one.0, two.0);
 }

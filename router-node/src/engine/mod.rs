@@ -6,6 +6,8 @@
 
 mod overlap;
 mod sequence;
+#[cfg(test)]
+mod tests;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -16,9 +18,9 @@ use sirocco_model::{Experts, ExpertsError, KvCache, Logits, Model, SequenceChunk
 use sirocco_proto::inference::{Event, Trace};
 use sirocco_types::SamplingParams;
 use tokio::runtime::Handle;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 
-use crate::scheduler::{Chunk, Flow, Limits, Scheduler, SequenceId, Step, Submission, TooLarge};
+use crate::scheduler::{Chunk, Counts, Flow, Limits, Scheduler, SequenceId, Step, Submission, TooLarge};
 use sequence::Sequence;
 
 /// What the engine is made of.
@@ -93,6 +95,7 @@ pub(crate) struct Engine {
     /// The queue's free places.
     places: Arc<Semaphore>,
     queue: usize,
+    counts: watch::Receiver<Counts>,
 }
 
 /// A request and its place in the queue, which it gives up at its first step.
@@ -110,10 +113,16 @@ impl Engine {
     ) -> std::io::Result<(Self, JoinHandle<()>)> {
         let queue = parts.limits.queue;
         let (requests, incoming) = mpsc::channel(queue);
-        let thread = std::thread::Builder::new()
-            .name("engine".into())
-            .spawn(move || EngineThread::new(parts, runtime).run(incoming))?;
-        Ok((Self { requests, places: Arc::new(Semaphore::new(queue)), queue }, thread))
+        let engine = EngineThread::new(parts, runtime);
+        let counts = engine.counts.subscribe();
+        let thread = std::thread::Builder::new().name("engine".into()).spawn(move || engine.run(incoming))?;
+        Ok((Self { requests, places: Arc::new(Semaphore::new(queue)), queue, counts }, thread))
+    }
+
+    /// What the engine holds as of its last step.
+    #[cfg_attr(not(test), expect(dead_code, reason = "what metrics will show"))]
+    pub(crate) fn counts(&self) -> Counts {
+        *self.counts.borrow()
     }
 
     /// Hands over requests, at once and all of them or none.
@@ -142,6 +151,7 @@ struct EngineThread<E> {
     runtime: Handle,
     kv: KvCache,
     scheduler: Scheduler,
+    counts: watch::Sender<Counts>,
     overlap_rows: usize,
     sequences: HashMap<SequenceId, Sequence>,
     next_id: u64,
@@ -158,13 +168,15 @@ impl<E: Experts> EngineThread<E> {
             block_tokens: KvCache::BLOCK_TOKENS,
         });
         let overlap_rows = limits.overlap_rows;
+        let counts = watch::Sender::new(scheduler.counts());
         let sequences = HashMap::new();
-        Self { model, tokenizer, experts, runtime, kv, scheduler, overlap_rows, sequences, next_id: 0 }
+        Self { model, tokenizer, experts, runtime, kv, scheduler, counts, overlap_rows, sequences, next_id: 0 }
     }
 
     fn run(mut self, mut incoming: mpsc::Receiver<Waiting>) {
         loop {
             if self.scheduler.is_idle() {
+                self.counts.send_replace(self.scheduler.counts());
                 match incoming.blocking_recv() {
                     Some(waiting) => self.accept(waiting),
                     None => return,
@@ -175,6 +187,7 @@ impl<E: Experts> EngineThread<E> {
             }
             self.drop_abandoned();
             let step = self.scheduler.schedule();
+            self.counts.send_replace(self.scheduler.counts());
             if !step.chunks.is_empty() {
                 self.step(&step);
             }

@@ -17,7 +17,7 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 
 pub(crate) use flows::Flow;
 #[cfg(test)]
-use flows::{ClientId, Priority};
+pub(crate) use flows::{ClientId, Priority};
 
 use blocks::{Blocks, Prefix};
 use flows::{Flows, Turn};
@@ -250,7 +250,6 @@ impl Scheduler {
         self.sequences.get(&id).map_or(0, |sequence| sequence.found)
     }
 
-    #[cfg_attr(not(test), expect(dead_code, reason = "what metrics will show"))]
     pub(crate) fn counts(&self) -> Counts {
         Counts {
             waiting: self.sequences.len() - self.running.len(),
