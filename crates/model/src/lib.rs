@@ -5,6 +5,7 @@
 //! network. Every `.await` in this crate is a possible network hop. It never opens a socket and never starts a thread.
 #![forbid(unsafe_code)]
 
+mod calls;
 mod chat;
 mod checkpoint;
 mod config;
@@ -13,17 +14,20 @@ mod experts;
 mod fingerprint;
 mod forward;
 mod gate;
+mod grammar;
 mod kv;
 mod sampler;
 mod stop;
 mod tokenizer;
 
+pub use calls::{CallReader, Marker, Said, TOOL_CALLS};
 pub use chat::{ChatError, ChatTemplate, Message};
 pub use checkpoint::{Checkpoint, CheckpointError};
 pub use detokenizer::Detokenizer;
 pub use experts::{Experts, ExpertsError, LocalExperts, combine};
 pub use forward::{Model, SequenceChunk, StepOutput};
+pub use grammar::{Constraint, ConstraintError, GrammarError, Grammars, Mask};
 pub use kv::{BlockTable, KvCache, KvExhausted};
-pub use sampler::{NotFinite, SampledToken, Sampler};
+pub use sampler::{SampleError, SampledToken, Sampler};
 pub use stop::StopMatcher;
 pub use tokenizer::{Tokenizer, TokenizerError};

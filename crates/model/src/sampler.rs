@@ -8,6 +8,8 @@ use std::collections::BTreeMap;
 
 use sirocco_types::SamplingParams;
 
+use crate::{Constraint, ConstraintError, Mask};
+
 /// Draws the tokens of one sequence.
 #[derive(Clone, Debug)]
 pub struct Sampler {
@@ -16,6 +18,7 @@ pub struct Sampler {
     seen: Vec<bool>,
     /// How often each token was generated; only kept for the presence and frequency penalties.
     generated: BTreeMap<u32, u32>,
+    constraint: Option<Constraint>,
 }
 
 /// A drawn token.
@@ -27,12 +30,20 @@ pub struct SampledToken {
     pub logprob: Option<f32>,
     /// The most likely tokens and their log probabilities, best first, as many as asked for.
     pub top_logprobs: Vec<(u32, f32)>,
+    /// The constraint allows nothing after it.
+    pub last: bool,
 }
 
-/// Logits that are not numbers: the forward pass went wrong.
+/// Why no token can be drawn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the logits of token {0} are not all finite")]
-pub struct NotFinite(u32);
+pub enum SampleError {
+    /// Logits that are not numbers: the forward pass went wrong.
+    #[error("the logits of token {0} are not all finite")]
+    NotFinite(u32),
+    /// The sequence cannot be kept within its grammar.
+    #[error(transparent)]
+    Constraint(#[from] ConstraintError),
+}
 
 impl Sampler {
     /// A sampler for a sequence that starts with `prompt`. `params` must be valid, their biased tokens within the vocabulary.
@@ -44,23 +55,37 @@ impl Sampler {
                 *seen = true;
             }
         }
-        Self { params, seen, generated: BTreeMap::new() }
+        Self { params, seen, generated: BTreeMap::new(), constraint: None }
+    }
+
+    /// Draws only what `constraint` allows, whatever the parameters say.
+    #[must_use]
+    pub fn within(self, constraint: Option<Constraint>) -> Self {
+        Self { constraint, ..self }
     }
 
     /// Draws token `index` of the completion from `logits`, `[vocab_size]`, and takes it into the sequence.
-    pub fn sample(&mut self, index: u32, logits: &[f32]) -> Result<SampledToken, NotFinite> {
+    pub fn sample(&mut self, index: u32, logits: &[f32]) -> Result<SampledToken, SampleError> {
         if !logits.iter().all(|logit| logit.is_finite()) {
-            return Err(NotFinite(index));
+            return Err(SampleError::NotFinite(index));
         }
-        let id = self.draw(index, logits);
+        let mask = self.constraint.as_mut().map(Constraint::mask).transpose()?;
+        let id = self.draw(index, logits, mask.as_ref());
         self.note(id);
+        let last = match &mut self.constraint {
+            Some(constraint) => {
+                constraint.commit(id)?;
+                constraint.is_finished()
+            }
+            None => false,
+        };
         let Some(top) = self.params.logprobs else {
-            return Ok(SampledToken { id, logprob: None, top_logprobs: Vec::new() });
+            return Ok(SampledToken { id, logprob: None, top_logprobs: Vec::new(), last });
         };
         let normaliser = log_sum_exp(logits);
         let logprob = |id: u32| (f64::from(logits[id as usize]) - normaliser) as f32;
         let top_logprobs = best_first(logits, top as usize).into_iter().map(|id| (id, logprob(id))).collect();
-        Ok(SampledToken { id, logprob: Some(logprob(id)), top_logprobs })
+        Ok(SampledToken { id, logprob: Some(logprob(id)), top_logprobs, last })
     }
 
     fn note(&mut self, id: u32) {
@@ -87,10 +112,13 @@ impl Sampler {
         }
     }
 
-    fn draw(&self, index: u32, logits: &[f32]) -> u32 {
+    fn draw(&self, index: u32, logits: &[f32], mask: Option<&Mask>) -> u32 {
         let params = &self.params;
         let mut logits = logits.to_vec();
         self.adjust(&mut logits);
+        if let Some(mask) = mask {
+            mask.apply(&mut logits);
+        }
         if params.temperature == 0.0 {
             return best_first(&logits, 1)[0];
         }
@@ -267,6 +295,6 @@ mod tests {
     #[test]
     fn logits_that_are_not_numbers_are_an_error() {
         let mut sampler = Sampler::new(SamplingParams::default(), 2, &[]);
-        assert_eq!(sampler.sample(4, &[0.0, f32::NAN]), Err(NotFinite(4)));
+        assert_eq!(sampler.sample(4, &[0.0, f32::NAN]), Err(SampleError::NotFinite(4)));
     }
 }
