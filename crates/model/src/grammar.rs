@@ -19,6 +19,11 @@ use crate::tokenizer::{Tokenizer, TokenizerError};
 
 /// States of a grammar's lexer, at one or two KiB each; llguidance's default is ten times as many.
 const LEXER_STATES: usize = 25_000;
+/// Lexer work for one token, at 14,000 a millisecond; half of llguidance's default.
+const STEP_FUEL: u64 = 100_000;
+/// llguidance goes down recursively into what refers to something that refers to something else. What fits the limits on lengths
+/// was seen to take a tenth of this.
+const COMPILE_STACK_BYTES: usize = 256 << 20;
 /// Longest reason repeated to a client, in characters.
 const REASON_CHARS: usize = 300;
 
@@ -84,6 +89,7 @@ impl Grammars {
         factory.quiet();
         let limits = factory.limits_mut();
         limits.max_lexer_states = LEXER_STATES;
+        limits.step_lexer_fuel = STEP_FUEL;
         limits.verbose_errors = false;
         Ok(Self { factory, calls: calls::Marker::of(tokenizer) })
     }
@@ -93,8 +99,19 @@ impl Grammars {
         self.calls
     }
 
-    /// A constraint at its beginning. Takes milliseconds for usual grammars and is bounded for all.
+    /// A constraint at its beginning. Takes milliseconds for usual grammars and is bounded for all; runs on a thread of its own,
+    /// for the sake of its stack.
     pub fn compile(&self, grammar: &Grammar) -> Result<Constraint, GrammarError> {
+        let compiled = std::thread::scope(|scope| {
+            let thread = std::thread::Builder::new().name("grammar".into()).stack_size(COMPILE_STACK_BYTES);
+            let thread =
+                thread.spawn_scoped(scope, || self.compile_here(grammar)).map_err(|error| error.to_string())?;
+            thread.join().map_err(|_| "the grammar could not be compiled".to_owned())
+        });
+        compiled.unwrap_or_else(|reason| Err(GrammarError { tool: None, reason }))
+    }
+
+    fn compile_here(&self, grammar: &Grammar) -> Result<Constraint, GrammarError> {
         let blameless = |reason| GrammarError { tool: None, reason };
         grammar.validate().map_err(|error| blameless(error.to_string()))?;
         let whole = match grammar {
@@ -120,7 +137,7 @@ impl Grammars {
                 Grammar::Calls(calls) => calls.tools.as_slice(),
                 _ => &[],
             };
-            let bad = |schema: &JsonSchema| self.compile(&Grammar::Json(schema.clone())).err();
+            let bad = |schema: &JsonSchema| self.compile_here(&Grammar::Json(schema.clone())).err();
             let found = tools.iter().enumerate().find_map(|(index, tool)| Some((index, bad(&tool.arguments)?.reason)));
             match found {
                 Some((index, reason)) => GrammarError { tool: Some(index), reason },

@@ -266,7 +266,7 @@ fn what_is_no_grammar_is_refused_with_the_reason() {
         (schema(&json!({"type": "string", "pattern": "("})), "("),
         (Grammar::Regex("[".into()), "["),
         (Grammar::Lark("start: nothing".into()), "nothing"),
-        (Grammar::Regex("a".repeat((64 << 10) + 1)), "65536"),
+        (Grammar::Regex("a".repeat((16 << 10) + 1)), "16384"),
     ];
     let grammars = grammars(&byte_level());
     for (grammar, part) in cases {
@@ -292,6 +292,19 @@ fn a_schema_that_is_not_strict_may_say_more_than_can_be_kept() {
     assert!(ended && serde_json::from_str::<Vec<u8>>(&text).is_ok(), "{text}");
 }
 
+/// Definitions that each consist of the next one.
+fn definitions(count: usize) -> Value {
+    let link = |i: usize| (format!("d{i}"), json!({"allOf": [{"$ref": format!("#/$defs/d{}", i + 1)}]}));
+    let last = (format!("d{count}"), json!({"type": "null"}));
+    (0..count).map(link).chain([last]).collect::<serde_json::Map<_, _>>().into()
+}
+
+/// Rules that each consist of `head` and the next one.
+fn rules(count: usize, name: &str, head: &str) -> String {
+    let links = (0..count).map(|i| format!("{name}{i}: {head}{name}{}\n", i + 1));
+    format!("start: {name}0\n{}{name}{count}: \"a\"", links.collect::<String>())
+}
+
 #[test]
 fn hostile_grammars_are_refused_or_followed_in_bounded_time() {
     let branches: Vec<Value> = (0..12).map(|i| json!({"properties": {"a": {"minLength": i}}})).collect();
@@ -307,7 +320,15 @@ fn hostile_grammars_are_refused_or_followed_in_bounded_time() {
         Grammar::Regex("(a{1,999}){1,999}".into()),
         Grammar::Regex(".*a.{40}b.{40}c.*".into()),
         Grammar::Lark("start: start start | \"a\" | \"\"".into()),
-        Grammar::Lark(format!("start: {}", "(\"a\" | ".repeat(2000) + "\"b\"" + &")".repeat(2000))),
+        Grammar::Lark(format!("start: {}", "(".repeat(16_000))),
+        Grammar::Lark(rules(1200, "T", "")),
+        Grammar::Lark(rules(1200, "t", "")),
+        Grammar::Lark(rules(900, "t", "\"a\" ")),
+        Grammar::Regex("(".repeat(8000) + &")".repeat(8000)),
+        Grammar::Regex("(a?b)*".repeat(2600)),
+        schema(&json!({"$ref": "#/$defs/d0", "$defs": definitions(1400)})),
+        schema(&json!({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}})),
+        schema(&json!({"$ref": "#/$defs/a", "$defs": {"a": {"allOf": [{"$ref": "#/$defs/a"}, {"type": "object"}]}}})),
     ];
     let tokenizer = byte_level();
     let grammars = grammars(&tokenizer);
@@ -322,9 +343,7 @@ fn hostile_grammars_are_refused_or_followed_in_bounded_time() {
                 }
             }
         }
-        let took = begun.elapsed();
-        eprintln!("{took:?} {:?}", format!("{grammar:?}").chars().take(80).collect::<String>());
-        assert!(took < Duration::from_secs(20), "{took:?} for {grammar:?}");
+        assert!(begun.elapsed() < Duration::from_secs(20), "{grammar:?}");
     }
 }
 

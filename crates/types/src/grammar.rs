@@ -5,13 +5,15 @@ use std::fmt;
 
 /// The limits on grammars.
 pub mod grammar_limits {
-    /// Longest schema, regular expression or Lark grammar, in bytes.
-    pub const BYTES: usize = 64 << 10;
+    /// Longest schema, in bytes.
+    pub const SCHEMA_BYTES: usize = 64 << 10;
+    /// Longest regular expression or Lark grammar, in bytes.
+    pub const TEXT_BYTES: usize = 16 << 10;
     /// Deepest nesting of a schema's objects and lists.
     pub const DEPTH: usize = 64;
     /// Most tools of a request.
     pub const TOOLS: usize = 128;
-    /// Most bytes of all tools of a request together.
+    /// Most bytes of all tools of a request together, as the request writes them.
     pub const TOOLS_BYTES: usize = 256 << 10;
 }
 
@@ -70,36 +72,43 @@ pub enum Otherwise {
 
 /// A grammar that is too long to be considered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("it has {0} bytes, it may have at most {max}", max = grammar_limits::BYTES)]
-pub struct GrammarTooLong(usize);
+#[error("it has {bytes} bytes, it may have at most {most}")]
+pub struct GrammarTooLong {
+    bytes: usize,
+    most: usize,
+}
 
 impl JsonSchema {
     /// Any object.
     pub fn object() -> Self {
         Self { text: r#"{"type": "object"}"#.into(), strict: true }
     }
+
+    fn validate(&self) -> Result<(), GrammarTooLong> {
+        at_most(self.text.len(), grammar_limits::SCHEMA_BYTES)
+    }
 }
 
 impl Grammar {
     /// Refuses what is too long.
     pub fn validate(&self) -> Result<(), GrammarTooLong> {
-        let texts: Vec<&str> = match self {
-            Self::Json(schema) => vec![&schema.text],
-            Self::Regex(text) | Self::Lark(text) => vec![text],
+        match self {
+            Self::Json(schema) => schema.validate(),
+            Self::Regex(text) | Self::Lark(text) => at_most(text.len(), grammar_limits::TEXT_BYTES),
             Self::Calls(calls) => {
-                let otherwise = match &calls.otherwise {
-                    Otherwise::Json(schema) => Some(schema),
-                    Otherwise::Nothing | Otherwise::Text => None,
-                };
-                let schemas = calls.tools.iter().map(|tool| &tool.arguments).chain(otherwise);
-                schemas.map(|schema| schema.text.as_str()).collect()
+                if let Otherwise::Json(schema) = &calls.otherwise {
+                    schema.validate()?;
+                }
+                calls.tools.iter().try_for_each(|tool| tool.arguments.validate())?;
+                let bytes = calls.tools.iter().map(|tool| tool.arguments.text.len()).sum();
+                at_most(bytes, grammar_limits::TOOLS_BYTES)
             }
-        };
-        match texts.into_iter().map(str::len).find(|bytes| *bytes > grammar_limits::BYTES) {
-            Some(bytes) => Err(GrammarTooLong(bytes)),
-            None => Ok(()),
         }
     }
+}
+
+fn at_most(bytes: usize, most: usize) -> Result<(), GrammarTooLong> {
+    if bytes > most { Err(GrammarTooLong { bytes, most }) } else { Ok(()) }
 }
 
 impl fmt::Debug for JsonSchema {
@@ -115,13 +124,19 @@ mod tests {
 
     #[test]
     fn a_grammar_has_a_longest_length() {
-        let longest = "a".repeat(grammar_limits::BYTES);
+        let longest = "a".repeat(grammar_limits::TEXT_BYTES);
         let longer = format!("{longest}a");
         assert_eq!(Grammar::Regex(longest).validate(), Ok(()));
         let error = Grammar::Lark(longer.clone()).validate().unwrap_err();
-        assert_eq!(error.to_string(), "it has 65537 bytes, it may have at most 65536");
-        let arguments = JsonSchema { text: longer, strict: false };
-        let tools = vec![Tool { name: "f".into(), arguments }];
-        assert!(Grammar::Calls(Calls { tools, several: true, otherwise: Otherwise::Text }).validate().is_err());
+        assert_eq!(error.to_string(), "it has 16385 bytes, it may have at most 16384");
+        let schema = |text: String| JsonSchema { text, strict: false };
+        assert_eq!(Grammar::Json(schema(longer.clone())).validate(), Ok(()));
+        let calls = |count: usize, text: &str| {
+            let tools = vec![Tool { name: "f".into(), arguments: schema(text.into()) }; count];
+            Grammar::Calls(Calls { tools, several: true, otherwise: Otherwise::Text }).validate()
+        };
+        assert!(calls(1, &longer.repeat(4)).is_err());
+        assert_eq!(calls(15, &longer), Ok(()));
+        assert!(calls(16, &longer).is_err());
     }
 }
