@@ -22,7 +22,7 @@ mod stop;
 mod tokenizer;
 
 pub use calls::{CallReader, Marker, Said, TOOL_CALLS};
-pub use chat::{ChatError, ChatTemplate, Message};
+pub use chat::{CalledFunction, ChatError, ChatTemplate, Message, ToolCall};
 pub use checkpoint::{Checkpoint, CheckpointError};
 pub use detokenizer::Detokenizer;
 pub use experts::{Experts, ExpertsError, LocalExperts, combine};
