@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use sirocco_compute::{Pool, cpu_description};
-use sirocco_model::{ChatTemplate, Checkpoint, CheckpointError, KvCache, Model, Tokenizer, TokenizerError};
+use sirocco_model::{ChatTemplate, Checkpoint, CheckpointError, Grammars, KvCache, Model, Tokenizer, TokenizerError};
 use sirocco_process::http::{self, Health};
 use sirocco_process::{BindError, LifeError, NodeArgs, Running, advertised, bind};
 use sirocco_proto::channel::MAX_MESSAGE_BYTES;
@@ -22,7 +22,7 @@ use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 use crate::api::Api;
 use crate::dispatch::RemoteExperts;
 use crate::engine::{Engine, EngineLimits, Parts};
-use crate::intake::Intake;
+use crate::intake::{self, Grammatical, Intake};
 use crate::load::{ExpertCounts, Reporter};
 use crate::openai::{self, Chat};
 use crate::topology::{self, Topology};
@@ -31,6 +31,7 @@ const MAX_SEQUENCES: u32 = 32;
 const MAX_QUEUE: u32 = 256;
 const STEP_TOKENS: u32 = 512;
 const KV_BYTES: u64 = 1 << 30;
+const OVERLAP_ROWS: u32 = 16;
 const EXPERT_TIMEOUT_S: u64 = 60;
 
 /// What a router node is told.
@@ -60,6 +61,10 @@ pub struct Config {
     /// Most memory for the KV cache, in bytes
     #[arg(long, env = "SIROCCO_KV_BYTES", value_name = "BYTES", default_value_t = KV_BYTES)]
     pub kv_bytes: u64,
+    /// A step is computed in two halves, so that the attention of one hides the experts of the other, when each half has this
+    /// many rows for each expert on average; 0 never does. Halving smaller steps would read the experts' weights twice
+    #[arg(long, env = "SIROCCO_OVERLAP_ROWS", value_name = "N", default_value_t = OVERLAP_ROWS)]
+    pub overlap_rows: u32,
     /// Longest wait for the experts of one layer, in seconds, their move to another node included
     #[arg(long, env = "SIROCCO_EXPERT_TIMEOUT_S", value_name = "SECONDS", default_value_t = EXPERT_TIMEOUT_S)]
     pub expert_timeout_s: u64,
@@ -78,6 +83,7 @@ impl Config {
             max_queue: MAX_QUEUE,
             step_tokens: STEP_TOKENS,
             kv_bytes: KV_BYTES,
+            overlap_rows: OVERLAP_ROWS,
             expert_timeout_s: EXPERT_TIMEOUT_S,
         }
     }
@@ -133,12 +139,13 @@ pub async fn start(
     let reached_at = advertised(grpc_at, http_at, args.advertise.as_deref())?;
     let (folder, threads) = (config.model.clone(), config.threads);
     let loaded = tokio::task::spawn_blocking(move || Loaded::read(&folder, threads)).await;
-    let Loaded { identity, tokenizer, chat, model } = loaded.map_err(std::io::Error::other)??;
+    let Loaded { identity, tokenizer, grammars, chat, model } = loaded.map_err(std::io::Error::other)??;
     let limits = EngineLimits {
         sequences: config.max_sequences as usize,
         queue: config.max_queue as usize,
         step_tokens: config.step_tokens as usize,
         kv_blocks: kv_blocks(&config, &identity.spec)?,
+        overlap_rows: config.overlap_rows as usize,
     };
 
     let member = Member {
@@ -181,7 +188,8 @@ pub async fn start(
     };
     let parts = Parts { model, tokenizer: Arc::clone(&tokenizer), experts, limits };
     let (engine, engine_thread) = Engine::start(parts, tokio::runtime::Handle::current())?;
-    let intake = Arc::new(Intake::new(Arc::clone(&identity), tokenizer, engine, health.clone()));
+    let known = intake::Parts { model: Arc::clone(&identity), tokenizer, grammars };
+    let intake = Arc::new(Intake::new(known, engine, health.clone()));
     let routes = http::routes(health.clone()).merge(openai::routes(Arc::clone(&intake), chat));
     let service = InferenceServiceServer::new(Api::new(intake)).max_encoding_message_size(MAX_MESSAGE_BYTES);
     let fronts = Fronts { grpc, services: Services::default().with(service), http, routes };
@@ -197,6 +205,7 @@ pub async fn start(
 struct Loaded {
     identity: Arc<ModelIdentity>,
     tokenizer: Arc<Tokenizer>,
+    grammars: Grammatical,
     chat: Chat,
     model: Model,
 }
@@ -212,7 +221,12 @@ impl Loaded {
         if let Err(problem) = &chat {
             tracing::warn!("chats will be refused: {problem}");
         }
-        Ok(Self { identity: Arc::new(checkpoint.identity().clone()), tokenizer: Arc::new(tokenizer), chat, model })
+        let grammars = Grammars::new(&tokenizer, checkpoint.spec());
+        if let Err(problem) = &grammars {
+            tracing::warn!("constraints on completions will be refused: {problem}");
+        }
+        let (identity, tokenizer) = (Arc::new(checkpoint.identity().clone()), Arc::new(tokenizer));
+        Ok(Self { identity, tokenizer, grammars, chat, model })
     }
 }
 

@@ -219,8 +219,9 @@ mod tests {
         let mut all: Vec<Said> = Vec::new();
         for next in said {
             match (all.last_mut(), next) {
-                (Some(Said::Text(text)), Said::Text(more)) => *text += &more,
-                (Some(Said::Arguments(text)), Said::Arguments(more)) => *text += &more,
+                (Some(Said::Text(text)), Said::Text(more)) | (Some(Said::Arguments(text)), Said::Arguments(more)) => {
+                    *text += &more;
+                }
                 (_, next) => all.push(next),
             }
         }

@@ -8,7 +8,7 @@ mod plain;
 use std::path::Path;
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::Serde;
+use minijinja::value::{Kwargs, Serde};
 use minijinja::{Environment, Error, ErrorKind};
 use serde::Serialize;
 use serde_json::Value;
@@ -112,7 +112,7 @@ impl ChatTemplate {
         environment.add_function("raise_exception", |message: String| -> Result<String, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, message))
         });
-        environment.add_filter("tojson", plain::to_json);
+        environment.add_filter("tojson", |value: minijinja::Value, options: Kwargs| plain::to_json(&value, &options));
         let knows_tools = template.contains("tools") && template.contains("tool_calls");
         environment
             .add_template_owned("chat", template)

@@ -94,11 +94,6 @@ impl Grammars {
         Ok(Self { factory, calls: calls::Marker::of(tokenizer) })
     }
 
-    /// How calls of tools are marked in this model's completions.
-    pub fn marker(&self) -> calls::Marker {
-        self.calls
-    }
-
     /// A constraint at its beginning. Takes milliseconds for usual grammars and is bounded for all; runs on a thread of its own,
     /// for the sake of its stack.
     pub fn compile(&self, grammar: &Grammar) -> Result<Constraint, GrammarError> {

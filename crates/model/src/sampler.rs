@@ -30,8 +30,6 @@ pub struct SampledToken {
     pub logprob: Option<f32>,
     /// The most likely tokens and their log probabilities, best first, as many as asked for.
     pub top_logprobs: Vec<(u32, f32)>,
-    /// The constraint allows nothing after it.
-    pub last: bool,
 }
 
 /// Why no token can be drawn.
@@ -58,10 +56,15 @@ impl Sampler {
         Self { params, seen, generated: BTreeMap::new(), constraint: None }
     }
 
-    /// Draws only what `constraint` allows, whatever the parameters say.
+    /// Draws only what `constraint` allows, whatever the parameters say. It has taken in what was generated already.
     #[must_use]
     pub fn within(self, constraint: Option<Constraint>) -> Self {
         Self { constraint, ..self }
+    }
+
+    /// Whether the constraint allows nothing more.
+    pub fn is_finished(&self) -> bool {
+        self.constraint.as_ref().is_some_and(Constraint::is_finished)
     }
 
     /// Draws token `index` of the completion from `logits`, `[vocab_size]`, and takes it into the sequence.
@@ -72,23 +75,20 @@ impl Sampler {
         let mask = self.constraint.as_mut().map(Constraint::mask).transpose()?;
         let id = self.draw(index, logits, mask.as_ref());
         self.note(id);
-        let last = match &mut self.constraint {
-            Some(constraint) => {
-                constraint.commit(id)?;
-                constraint.is_finished()
-            }
-            None => false,
-        };
+        if let Some(constraint) = &mut self.constraint {
+            constraint.commit(id)?;
+        }
         let Some(top) = self.params.logprobs else {
-            return Ok(SampledToken { id, logprob: None, top_logprobs: Vec::new(), last });
+            return Ok(SampledToken { id, logprob: None, top_logprobs: Vec::new() });
         };
         let normaliser = log_sum_exp(logits);
         let logprob = |id: u32| (f64::from(logits[id as usize]) - normaliser) as f32;
         let top_logprobs = best_first(logits, top as usize).into_iter().map(|id| (id, logprob(id))).collect();
-        Ok(SampledToken { id, logprob: Some(logprob(id)), top_logprobs, last })
+        Ok(SampledToken { id, logprob: Some(logprob(id)), top_logprobs })
     }
 
-    fn note(&mut self, id: u32) {
+    /// Takes `id` into the sequence as if it had been drawn.
+    pub fn note(&mut self, id: u32) {
         if let Some(seen) = self.seen.get_mut(id as usize) {
             *seen = true;
         }

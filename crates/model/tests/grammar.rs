@@ -54,7 +54,7 @@ fn drawn(tokenizer: &Tokenizer, constraint: Constraint, seed: u64, most: u32) ->
         if token.id != EOS {
             ids.push(token.id);
         }
-        if token.last {
+        if sampler.is_finished() {
             return (tokenizer.decode(&ids), true);
         }
         assert_ne!(token.id, EOS, "the end of the sequence is the end of the grammar");
@@ -130,7 +130,7 @@ fn a_bias_cannot_undo_a_mask() {
             let token = sampler.sample(index, &noise(3, index)).unwrap();
             ids.push(token.id);
             index += 1;
-            if token.last {
+            if sampler.is_finished() {
                 break;
             }
         }
@@ -182,7 +182,7 @@ fn clones_go_their_own_ways_and_do_not_feel_each_other() {
         for (seed, (sampler, ids, ended)) in samplers.iter_mut().enumerate().filter(|(_, (_, _, ended))| !ended) {
             let token = sampler.sample(index, &noise(seed as u64, index)).unwrap();
             ids.push(token.id);
-            *ended = token.last;
+            *ended = sampler.is_finished();
         }
     }
     for ((_, ids, ended), alone) in samplers.iter().zip(&alone) {
@@ -234,7 +234,7 @@ fn calls_are_the_documented_form_and_nothing_else() {
 fn a_checkpoint_with_a_token_for_calls_begins_them_with_it() {
     let tokenizer = with_call_token();
     let grammars = grammars(&tokenizer);
-    let Marker::Token(marker) = grammars.marker() else { panic!("it has the token") };
+    let Marker::Token(marker) = Marker::of(&tokenizer) else { panic!("it has the token") };
     let arguments = JsonSchema { text: r#"{"type": "object"}"#.into(), strict: true };
     let tools = vec![Tool { name: "f".into(), arguments }];
     let forced = Calls { tools, several: false, otherwise: Otherwise::Nothing };

@@ -18,7 +18,7 @@ pub mod grammar_limits {
 }
 
 /// What a completion must be.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub enum Grammar {
     /// JSON.
     Json(JsonSchema),
@@ -40,7 +40,7 @@ pub struct JsonSchema {
 }
 
 /// A completion that calls tools.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct Calls {
     /// Which there are, at least one.
     pub tools: Vec<Tool>,
@@ -51,7 +51,7 @@ pub struct Calls {
 }
 
 /// A tool that may be called.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct Tool {
     /// Letters, digits, `_` and `-`.
     pub name: String,
@@ -60,7 +60,7 @@ pub struct Tool {
 }
 
 /// What a completion may be instead of calls.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub enum Otherwise {
     /// Nothing else.
     Nothing,
@@ -109,6 +109,18 @@ impl Grammar {
 
 fn at_most(bytes: usize, most: usize) -> Result<(), GrammarTooLong> {
     if bytes > most { Err(GrammarTooLong { bytes, most }) } else { Ok(()) }
+}
+
+impl fmt::Debug for Grammar {
+    /// Never shows the grammar: it is a client's.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Json(schema) => write!(f, "Json({schema:?})"),
+            Self::Regex(text) => write!(f, "Regex({} bytes)", text.len()),
+            Self::Lark(text) => write!(f, "Lark({} bytes)", text.len()),
+            Self::Calls(calls) => write!(f, "Calls({} tools)", calls.tools.len()),
+        }
+    }
 }
 
 impl fmt::Debug for JsonSchema {

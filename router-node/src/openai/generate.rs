@@ -11,6 +11,7 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse as _, Response};
 use futures::stream::{Peekable, SelectAll, select_all};
 use futures::{Stream, StreamExt as _};
+use sirocco_model::Constraint;
 use sirocco_proto::inference::{Event, Prompt, Trace};
 use sirocco_types::Usage;
 use tokio_stream::wrappers::ReceiverStream;
@@ -18,11 +19,13 @@ use tokio_stream::wrappers::ReceiverStream;
 use super::answer::Head;
 use super::body::Fields;
 use super::choice::{Choice, Kind, Piece, Report};
+use super::form::{Form, form};
 use super::problem::Problem;
 use super::sampling::{CHOICES, Drawing, drawing};
 use super::{Api, RequestId, body, prompts, stream};
 use crate::engine::GenerateError;
-use crate::intake::Job;
+use crate::intake::{Job, Refusal};
+use crate::scheduler::Flow;
 
 /// The events of all choices, each with its choice's index, as they come.
 pub(super) type Events = Pin<Box<Peekable<SelectAll<ChoiceEvents>>>>;
@@ -45,6 +48,9 @@ struct Asked {
     kind: Kind,
     fields: Fields,
     drawing: Drawing,
+    form: Form,
+    /// What keeps completions to the form.
+    constraint: Option<Constraint>,
     arrived: Instant,
 }
 
@@ -91,10 +97,11 @@ pub(super) async fn chat_completions(
 ) -> Result<Response, Problem> {
     let asked = Asked::read(&api, id, Kind::Chat, body).await?;
     let messages = prompts::of_chat(&asked.fields.messages)?;
+    let tools = asked.form.tools.clone();
     let chat = Arc::clone(&api.chat);
     // A template may take its time, so it does not run on the I/O runtime.
     let rendered = tokio::task::spawn_blocking(move || match &*chat {
-        Ok(template) => template.render(&messages).map_err(|error| error.to_string()),
+        Ok(template) => template.render(&messages, &tools).map_err(|error| error.to_string()),
         Err(problem) => Err(format!("{problem}; /v1/completions takes a prompt as it is")),
     });
     let rendered =
@@ -106,6 +113,16 @@ pub(super) async fn chat_completions(
     answer(asked.call(&api, vec![Tokens { ids, echo: String::new() }])?).await
 }
 
+impl Call {
+    /// Adds what a choice that has ended took.
+    pub(super) fn count(&mut self, event: &Event) {
+        if let Event::Finished(finished) = event {
+            self.usage.completion_tokens += finished.usage.completion_tokens;
+            self.usage.cached_tokens += finished.usage.cached_tokens;
+        }
+    }
+}
+
 impl Asked {
     /// Reads and checks `body`.
     async fn read(api: &Api, id: String, kind: Kind, body: Body) -> Result<Self, Problem> {
@@ -115,18 +132,32 @@ impl Asked {
         if fields.stream_options.is_some() && fields.stream != Some(true) {
             return Err(Problem::invalid("stream_options", "it needs stream to be true"));
         }
-        let drawing = drawing(kind, &fields)?;
-        Ok(Self { id, kind, fields, drawing, arrived })
+        let (mut drawing, form) = (drawing(kind, &fields)?, form(kind, &fields)?);
+        let constraint = match form.grammar.clone() {
+            Some(grammar) => {
+                Some(api.intake.constrain(grammar, Vec::new()).await.map_err(|refusal| match refusal {
+                    Refusal::Grammar(error) => form.blame(&error),
+                    refusal => refusal.into(),
+                })?)
+            }
+            None => None,
+        };
+        if form.must_call() {
+            // They end texts; a call that they cut would be none.
+            drawing.params.stop = Vec::new();
+        }
+        Ok(Self { id, kind, fields, drawing, form, constraint, arrived })
     }
 
     /// Hands every choice for `prompts` to the engine.
     fn call(self, api: &Api, prompts: Vec<Tokens>) -> Result<Call, Problem> {
-        let Self { id, kind, fields, drawing, arrived } = self;
+        let Self { id, kind, fields, drawing, form, constraint, arrived } = self;
         let report = Report {
             kind,
             logprobs: drawing.params.logprobs.map(|_| Arc::clone(&api.intake.tokenizer)),
             token_ids: fields.return_token_ids == Some(true),
             stream: fields.stream == Some(true),
+            calls: form.calls().then(|| (api.intake.marker(), id.clone())),
         };
         let prompt_tokens = prompts.iter().map(|prompt| prompt.ids.len() as u32).sum();
         let (mut jobs, mut choices) = (Vec::new(), Vec::new());
@@ -134,7 +165,15 @@ impl Asked {
             for of_prompt in 0..drawing.n {
                 let index = jobs.len();
                 let sampling = drawing.choice(index, of_prompt);
-                jobs.push(Job { id: format!("{id}.{index}"), prompt: ids.clone(), sampling, trace: Trace::default() });
+                jobs.push(Job {
+                    id: format!("{id}.{index}"),
+                    flow: Flow::default(),
+                    prompt: ids.clone(),
+                    generated: Vec::new(),
+                    sampling,
+                    constraint: constraint.clone(),
+                    trace: Trace::default(),
+                });
                 let shown = if report.token_ids { ids.clone() } else { Vec::new() };
                 choices.push(Choice::new(report.clone(), index, shown, echo.clone()));
             }
@@ -151,7 +190,7 @@ impl Asked {
             report,
             choices,
             events: Box::pin(select_all(events).peekable()),
-            usage: Usage { prompt_tokens, completion_tokens: 0 },
+            usage: Usage { prompt_tokens, ..Usage::default() },
             include_usage: fields.stream_options.is_some_and(|options| options.include_usage == Some(true)),
         })
     }
@@ -178,11 +217,9 @@ async fn answer(mut call: Call) -> Result<Response, Problem> {
     let mut pieces: Vec<Piece> = call.choices.iter().map(|_| Piece::default()).collect();
     while let Some((index, event)) = call.events.next().await {
         let event = event?;
-        if let Event::Finished(finished) = &event {
-            call.usage.completion_tokens += finished.usage.completion_tokens;
-        }
+        call.count(&event);
         pieces[index].add(event);
     }
-    let choices = call.choices.iter_mut().zip(&pieces).map(|(choice, piece)| choice.say(piece)).collect();
+    let choices = call.choices.iter_mut().zip(&pieces).map(|(choice, piece)| choice.whole(piece)).collect();
     Ok(Json(call.head.whole(choices, call.usage)).into_response())
 }

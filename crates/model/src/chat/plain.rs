@@ -71,9 +71,9 @@ fn with_calls(message: &Message) -> String {
 }
 
 /// The filter `tojson`.
-pub(super) fn to_json(value: minijinja::Value, options: Kwargs) -> Result<String, Error> {
+pub(super) fn to_json(value: &minijinja::Value, options: &Kwargs) -> Result<String, Error> {
     let indent: Option<usize> = options.get("indent")?;
-    let value = serde_json::to_value(&value);
+    let value = serde_json::to_value(value);
     let value = value.map_err(|error| Error::new(ErrorKind::InvalidOperation, error.to_string()))?;
     let Some(indent) = indent else { return Ok(written(&value)) };
     let indent = " ".repeat(indent.min(16));
