@@ -109,10 +109,9 @@ fn format(given: &Value) -> Result<Option<JsonSchema>, Problem> {
             }
             name("response_format.json_schema.name", &named["name"])?;
             let strict = boolean("response_format.json_schema.strict", &named["strict"])?;
-            // Some clients write the field as their language's data models name it.
-            match (&named["schema"], &named["schema_definition"]) {
-                (Value::Null, Value::Null) => Err(Problem::invalid(SCHEMA, "absent, it must be a JSON Schema")),
-                (Value::Null, schema) | (schema, _) => Ok(Some(JsonSchema { text: schema.to_string(), strict })),
+            match &named["schema"] {
+                Value::Null => Err(Problem::invalid(SCHEMA, "absent, it must be a JSON Schema")),
+                schema => Ok(Some(JsonSchema { text: schema.to_string(), strict })),
             }
         }
         Some(other) => Err(Problem::invalid("response_format.type", format!("{other:?}, {TYPES}"))),
