@@ -1,6 +1,6 @@
 //! `sirocco.inference.v1` in domain types: what a client asks of a router node and the events of its stream.
 
-use sirocco_types::{FinishReason, Routing, SamplingParams, Timings, Usage};
+use sirocco_types::{FinishReason, Grammar, JsonSchema, Routing, SamplingParams, Timings, Usage};
 
 use crate::Invalid;
 pub use crate::wire::inference::inference_service_client::InferenceServiceClient;
@@ -22,6 +22,8 @@ pub struct GenerateRequest {
     pub trace: Trace,
     /// The completion's first tokens, which the client has: it goes on after them.
     pub generated: Vec<u32>,
+    /// What the completion must be, and the field that says so.
+    pub constraint: Option<(&'static str, Grammar)>,
 }
 
 /// What to complete.
@@ -107,6 +109,13 @@ impl TryFrom<wire::GenerateRequest> for GenerateRequest {
             let problem = format!("{} tokens, max_tokens is {}", generated.len(), sampling.max_tokens);
             return Err(Invalid::new("generated_token_ids", problem));
         }
+        let constraint = request.constraint.map(constraint).transpose()?;
+        if constraint.is_some() && sampling.ignore_eos {
+            return Err(Invalid::new(
+                "ignore_eos",
+                "not supported together with a constraint, which says where to end",
+            ));
+        }
         let trace = request.trace.unwrap_or_default();
         Ok(Self {
             model: (!request.model.is_empty()).then_some(request.model),
@@ -115,8 +124,22 @@ impl TryFrom<wire::GenerateRequest> for GenerateRequest {
             seeded: given.seed.is_some(),
             trace: Trace { logits: trace.logits, routing: trace.routing },
             generated,
+            constraint,
         })
     }
+}
+
+/// The grammar a client wants, and the field's name. Whether it makes sense is seen when it is compiled.
+fn constraint(given: wire::generate_request::Constraint) -> Result<(&'static str, Grammar), Invalid> {
+    use wire::generate_request::Constraint;
+    let (field, grammar) = match given {
+        Constraint::JsonSchema(text) => ("json_schema", Grammar::Json(JsonSchema { text, strict: true })),
+        Constraint::JsonObject(wire::JsonObject {}) => ("json_object", Grammar::Json(JsonSchema::object())),
+        Constraint::Regex(text) => ("regex", Grammar::Regex(text)),
+        Constraint::Lark(text) => ("lark", Grammar::Lark(text)),
+    };
+    grammar.validate().map_err(|error| Invalid::new(field, error.to_string()))?;
+    Ok((field, grammar))
 }
 
 /// One event of a completion's stream.
@@ -273,6 +296,8 @@ mod tests {
 
     #[test]
     fn a_bad_field_is_named() {
+        use wire::generate_request::Constraint;
+        let with_constraint = |constraint| wire::GenerateRequest { constraint: Some(constraint), ..text("x") };
         let with = |sampling| wire::GenerateRequest { sampling: Some(sampling), ..text("x") };
         let cases = [
             (wire::GenerateRequest::default(), "prompt"),
@@ -284,6 +309,16 @@ mod tests {
             (with(wire::SamplingParams { logit_bias: [(1, 101.0)].into(), ..Default::default() }), "logit_bias"),
             (wire::GenerateRequest { max_tokens: Some(0), ..text("x") }, "max_tokens"),
             (wire::GenerateRequest { logprobs: Some(99), ..text("x") }, "logprobs"),
+            (with_constraint(Constraint::JsonSchema(" ".repeat((64 << 10) + 1))), "json_schema"),
+            (with_constraint(Constraint::Regex("a".repeat((16 << 10) + 1))), "regex"),
+            (with_constraint(Constraint::Lark("a".repeat((16 << 10) + 1))), "lark"),
+            (
+                wire::GenerateRequest {
+                    ignore_eos: true,
+                    ..with_constraint(Constraint::JsonObject(wire::JsonObject {}))
+                },
+                "ignore_eos",
+            ),
             (wire::GenerateRequest { generated_token_ids: vec![1], ..text("x") }, "sampling.seed"),
             (
                 wire::GenerateRequest {
@@ -296,6 +331,22 @@ mod tests {
         ];
         for (request, field) in cases {
             assert_eq!(GenerateRequest::try_from(request).unwrap_err().field, field);
+        }
+    }
+
+    #[test]
+    fn a_constraint_is_a_grammar() {
+        use wire::generate_request::Constraint;
+        let schema = |text: &str| Grammar::Json(JsonSchema { text: text.into(), strict: true });
+        let cases = [
+            (Constraint::JsonSchema("{}".into()), "json_schema", schema("{}")),
+            (Constraint::JsonObject(wire::JsonObject {}), "json_object", schema(r#"{"type": "object"}"#)),
+            (Constraint::Regex("a+".into()), "regex", Grammar::Regex("a+".into())),
+            (Constraint::Lark("start: \"a\"".into()), "lark", Grammar::Lark("start: \"a\"".into())),
+        ];
+        for (given, field, grammar) in cases {
+            let request = wire::GenerateRequest { constraint: Some(given), ..text("x") };
+            assert_eq!(GenerateRequest::try_from(request).unwrap().constraint, Some((field, grammar)));
         }
     }
 

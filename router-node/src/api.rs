@@ -44,6 +44,16 @@ impl InferenceService for Api {
         if !request.seeded {
             sampling.seed = sirocco_process::incarnation();
         }
+        let constraint = match request.constraint {
+            Some((field, grammar)) => {
+                let constraint = self.intake.constrain(grammar, request.generated.clone()).await;
+                Some(constraint.map_err(|refusal| match refusal {
+                    Refusal::Grammar(error) => Invalid::new(field, error.to_string()).into(),
+                    refusal => refused(refusal),
+                })?)
+            }
+            None => None,
+        };
         let id = self.intake.request_id();
         let started = Started {
             request_id: id.clone(),
@@ -52,7 +62,7 @@ impl InferenceService for Api {
             seed: sampling.seed,
         };
         let GenerateRequest { trace, generated, .. } = request;
-        let job = Job { id, flow: Flow::default(), prompt, generated, sampling, trace };
+        let job = Job { id, flow: Flow::default(), prompt, generated, sampling, constraint, trace };
         let stream = self.intake.submit(vec![job], arrived).map_err(refused)?.swap_remove(0);
         let first = futures::stream::iter([Ok(Event::Started(started))]);
         let events = first.chain(ReceiverStream::new(stream)).map(|event| match event {
@@ -104,6 +114,7 @@ fn refused(refusal: Refusal) -> Status {
     match refusal {
         Refusal::UnknownModel { .. } => Status::not_found(refusal.to_string()),
         Refusal::Invalid(error) => error.into(),
+        Refusal::Grammar(_) => Status::invalid_argument(refusal.to_string()),
         Refusal::Submit(SubmitError::Full(_) | SubmitError::TooMany { .. }) => {
             Status::resource_exhausted(refusal.to_string())
         }
@@ -115,6 +126,7 @@ fn refused(refusal: Refusal) -> Status {
 /// Why what was started failed, as a status.
 fn status(error: &GenerateError) -> Status {
     match error {
+        GenerateError::Grammar(_) => Status::invalid_argument(error.to_string()),
         GenerateError::TooLarge(_) => Status::invalid_argument(format!("max_tokens: {error}")),
         GenerateError::Unavailable(_) => unavailable(error),
         GenerateError::Internal(_) => failed(error),

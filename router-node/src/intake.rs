@@ -2,28 +2,46 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use sirocco_model::{Tokenizer, TokenizerError};
+use sirocco_model::{Constraint, GrammarError, Grammars, Marker, Tokenizer, TokenizerError};
 use sirocco_process::http::Health;
 use sirocco_proto::Invalid;
 use sirocco_proto::inference::{Event, Prompt, Trace};
-use sirocco_types::{ModelIdentity, SamplingParams};
-use tokio::sync::mpsc;
+use sirocco_types::{Grammar, ModelIdentity, SamplingParams};
+use tokio::sync::{Semaphore, mpsc};
 
 use crate::engine::{self, Engine, GenerateError, SubmitError};
 use crate::scheduler::Flow;
+
+/// Grammars that are compiled at once.
+const COMPILERS: usize = 2;
+/// Longest wait for a compiled grammar, others before it included.
+const COMPILE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// What constrains completions of the model, or why nothing can.
+pub(crate) type Grammatical = Result<Grammars, TokenizerError>;
 
 /// What the APIs of a router node share.
 #[derive(Debug)]
 pub(crate) struct Intake {
     pub(crate) model: Arc<ModelIdentity>,
     pub(crate) tokenizer: Arc<Tokenizer>,
+    grammars: Arc<Grammatical>,
+    compilers: Arc<Semaphore>,
     engine: Engine,
     health: Health,
     /// Differs between processes, so that request ids do.
     incarnation: u64,
     requests: AtomicU64,
+}
+
+/// What is known of the model.
+#[derive(Debug)]
+pub(crate) struct Parts {
+    pub(crate) model: Arc<ModelIdentity>,
+    pub(crate) tokenizer: Arc<Tokenizer>,
+    pub(crate) grammars: Grammatical,
 }
 
 /// A sequence to compute.
@@ -39,6 +57,8 @@ pub(crate) struct Job {
     pub(crate) generated: Vec<u32>,
     /// Valid by itself; `max_tokens` may be more than the context has room for.
     pub(crate) sampling: SamplingParams,
+    /// From [`Intake::constrain`].
+    pub(crate) constraint: Option<Constraint>,
     pub(crate) trace: Trace,
 }
 
@@ -52,6 +72,9 @@ pub(crate) enum Refusal {
     UnknownModel { given: String, served: String },
     #[error(transparent)]
     Invalid(#[from] Invalid),
+    /// The grammar cannot be used.
+    #[error("{0}")]
+    Grammar(#[from] GrammarError),
     #[error("the router is not ready: {0}")]
     NotReady(String),
     #[error(transparent)]
@@ -61,9 +84,18 @@ pub(crate) enum Refusal {
 }
 
 impl Intake {
-    pub(crate) fn new(model: Arc<ModelIdentity>, tokenizer: Arc<Tokenizer>, engine: Engine, health: Health) -> Self {
-        let incarnation = sirocco_process::incarnation();
-        Self { model, tokenizer, engine, health, incarnation, requests: AtomicU64::new(0) }
+    pub(crate) fn new(parts: Parts, engine: Engine, health: Health) -> Self {
+        let Parts { model, tokenizer, grammars } = parts;
+        Self {
+            model,
+            tokenizer,
+            grammars: Arc::new(grammars),
+            compilers: Arc::new(Semaphore::new(COMPILERS)),
+            engine,
+            health,
+            incarnation: sirocco_process::incarnation(),
+            requests: AtomicU64::new(0),
+        }
     }
 
     /// Refuses a model that is not the one served; the empty name means that one.
@@ -107,6 +139,36 @@ impl Intake {
         Ok(encoded.map_err(|error| invalid("text", &error))?)
     }
 
+    /// How calls of tools are marked in completions.
+    pub(crate) fn marker(&self) -> Marker {
+        Marker::of(&self.tokenizer)
+    }
+
+    /// What keeps a completion within `grammar` that begins with the tokens `generated`. Compiling takes a while, so it is not done
+    /// on the I/O runtime, and few are compiled at once.
+    pub(crate) async fn constrain(
+        self: &Arc<Self>,
+        grammar: Grammar,
+        generated: Vec<u32>,
+    ) -> Result<Constraint, Refusal> {
+        let (grammars, compilers) = (Arc::clone(&self.grammars), Arc::clone(&self.compilers));
+        let refused = |reason: String| Refusal::Grammar(GrammarError { tool: None, reason });
+        let compiled = async {
+            let permit = compilers.acquire_owned().await.map_err(|error| Refusal::Internal(error.to_string()))?;
+            let compile = move || {
+                let _permit = permit;
+                let grammars = grammars.as_ref().as_ref().map_err(|error| refused(error.to_string()))?;
+                let mut constraint = grammars.compile(&grammar)?;
+                let taken = constraint.take_in(&generated);
+                taken.map_err(|error| Invalid::new("generated_token_ids", error.to_string()))?;
+                Ok(constraint)
+            };
+            tokio::task::spawn_blocking(compile).await.map_err(|error| Refusal::Internal(error.to_string()))?
+        };
+        let late = |_| refused(format!("it could not be compiled within {} s", COMPILE_TIMEOUT.as_secs()));
+        tokio::time::timeout(COMPILE_TIMEOUT, compiled).await.map_err(late)?
+    }
+
     /// Refuses a bias of ids outside the vocabulary.
     fn check_bias(&self, sampling: &SamplingParams) -> Result<(), Refusal> {
         let ids: Vec<u32> = sampling.logit_bias.keys().copied().collect();
@@ -120,7 +182,7 @@ impl Intake {
         }
         let mut streams = Vec::with_capacity(jobs.len());
         let mut requests = Vec::with_capacity(jobs.len());
-        for Job { id, flow, prompt, generated, mut sampling, trace } in jobs {
+        for Job { id, flow, prompt, generated, mut sampling, constraint, trace } in jobs {
             self.check_bias(&sampling)?;
             self.tokenizer.check(&generated).map_err(|error| invalid("generated_token_ids", &error))?;
             let room = self.model.spec.max_position_embeddings - prompt.len();
@@ -131,7 +193,17 @@ impl Intake {
             sampling.max_tokens = sampling.max_tokens.min(room as u32);
             // Room for every token and the end, so that the engine never waits for a slow client.
             let (events, stream) = mpsc::channel(sampling.max_tokens as usize + 2);
-            requests.push(engine::Request { id, flow, prompt, generated, sampling, trace, arrived, events });
+            requests.push(engine::Request {
+                id,
+                flow,
+                prompt,
+                generated,
+                sampling,
+                constraint,
+                trace,
+                arrived,
+                events,
+            });
             streams.push(stream);
         }
         let accepted: Vec<_> = requests.iter().map(|r| (r.id.clone(), r.prompt.len(), r.sampling.max_tokens)).collect();

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use sirocco_compute::{Pool, cpu_description};
-use sirocco_model::{ChatTemplate, Checkpoint, CheckpointError, KvCache, Model, Tokenizer, TokenizerError};
+use sirocco_model::{ChatTemplate, Checkpoint, CheckpointError, Grammars, KvCache, Model, Tokenizer, TokenizerError};
 use sirocco_process::http::{self, Health};
 use sirocco_process::{BindError, LifeError, NodeArgs, Running, advertised, bind};
 use sirocco_proto::channel::MAX_MESSAGE_BYTES;
@@ -22,7 +22,7 @@ use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 use crate::api::Api;
 use crate::dispatch::RemoteExperts;
 use crate::engine::{Engine, EngineLimits, Parts};
-use crate::intake::Intake;
+use crate::intake::{self, Grammatical, Intake};
 use crate::load::{ExpertCounts, Reporter};
 use crate::openai::{self, Chat};
 use crate::topology::{self, Topology};
@@ -139,7 +139,7 @@ pub async fn start(
     let reached_at = advertised(grpc_at, http_at, args.advertise.as_deref())?;
     let (folder, threads) = (config.model.clone(), config.threads);
     let loaded = tokio::task::spawn_blocking(move || Loaded::read(&folder, threads)).await;
-    let Loaded { identity, tokenizer, chat, model } = loaded.map_err(std::io::Error::other)??;
+    let Loaded { identity, tokenizer, grammars, chat, model } = loaded.map_err(std::io::Error::other)??;
     let limits = EngineLimits {
         sequences: config.max_sequences as usize,
         queue: config.max_queue as usize,
@@ -188,7 +188,8 @@ pub async fn start(
     };
     let parts = Parts { model, tokenizer: Arc::clone(&tokenizer), experts, limits };
     let (engine, engine_thread) = Engine::start(parts, tokio::runtime::Handle::current())?;
-    let intake = Arc::new(Intake::new(Arc::clone(&identity), tokenizer, engine, health.clone()));
+    let known = intake::Parts { model: Arc::clone(&identity), tokenizer, grammars };
+    let intake = Arc::new(Intake::new(known, engine, health.clone()));
     let routes = http::routes(health.clone()).merge(openai::routes(Arc::clone(&intake), chat));
     let service = InferenceServiceServer::new(Api::new(intake)).max_encoding_message_size(MAX_MESSAGE_BYTES);
     let fronts = Fronts { grpc, services: Services::default().with(service), http, routes };
@@ -204,6 +205,7 @@ pub async fn start(
 struct Loaded {
     identity: Arc<ModelIdentity>,
     tokenizer: Arc<Tokenizer>,
+    grammars: Grammatical,
     chat: Chat,
     model: Model,
 }
@@ -219,7 +221,12 @@ impl Loaded {
         if let Err(problem) = &chat {
             tracing::warn!("chats will be refused: {problem}");
         }
-        Ok(Self { identity: Arc::new(checkpoint.identity().clone()), tokenizer: Arc::new(tokenizer), chat, model })
+        let grammars = Grammars::new(&tokenizer, checkpoint.spec());
+        if let Err(problem) = &grammars {
+            tracing::warn!("constraints on completions will be refused: {problem}");
+        }
+        let (identity, tokenizer) = (Arc::new(checkpoint.identity().clone()), Arc::new(tokenizer));
+        Ok(Self { identity, tokenizer, grammars, chat, model })
     }
 }
 

@@ -2,9 +2,11 @@
 //!
 //! [`Checkpoint`] reads a Hugging Face folder by byte range. [`Model`] is the part of it that runs on a router node; the
 //! experts stand behind the trait [`Experts`], so the same forward pass runs in one process ([`LocalExperts`]) or over a
-//! network. Every `.await` in this crate is a possible network hop. It never opens a socket and never starts a thread.
+//! network. Every `.await` in this crate is a possible network hop. It never opens a socket, and starts
+//! no thread but the short-lived one that [`Grammars::compile`] needs.
 #![forbid(unsafe_code)]
 
+mod calls;
 mod chat;
 mod checkpoint;
 mod config;
@@ -13,17 +15,20 @@ mod experts;
 mod fingerprint;
 mod forward;
 mod gate;
+mod grammar;
 mod kv;
 mod sampler;
 mod stop;
 mod tokenizer;
 
-pub use chat::{ChatError, ChatTemplate, Message};
+pub use calls::{CallReader, Marker, Said, TOOL_CALLS};
+pub use chat::{CalledFunction, ChatError, ChatTemplate, Message, ToolCall};
 pub use checkpoint::{Checkpoint, CheckpointError};
 pub use detokenizer::Detokenizer;
 pub use experts::{Experts, ExpertsError, LocalExperts, combine};
 pub use forward::{Logits, Model, SequenceChunk, StepOutput, StepTimes};
+pub use grammar::{Constraint, ConstraintError, GrammarError, Grammars, Mask};
 pub use kv::KvCache;
-pub use sampler::{NotFinite, SampledToken, Sampler};
+pub use sampler::{SampleError, SampledToken, Sampler};
 pub use stop::StopMatcher;
 pub use tokenizer::{Tokenizer, TokenizerError};

@@ -8,6 +8,8 @@ use std::collections::BTreeMap;
 
 use sirocco_types::SamplingParams;
 
+use crate::{Constraint, ConstraintError, Mask};
+
 /// Draws the tokens of one sequence.
 #[derive(Clone, Debug)]
 pub struct Sampler {
@@ -16,6 +18,7 @@ pub struct Sampler {
     seen: Vec<bool>,
     /// How often each token was generated; only kept for the presence and frequency penalties.
     generated: BTreeMap<u32, u32>,
+    constraint: Option<Constraint>,
 }
 
 /// A drawn token.
@@ -29,10 +32,16 @@ pub struct SampledToken {
     pub top_logprobs: Vec<(u32, f32)>,
 }
 
-/// Logits that are not numbers: the forward pass went wrong.
+/// Why no token can be drawn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the logits of token {0} are not all finite")]
-pub struct NotFinite(u32);
+pub enum SampleError {
+    /// Logits that are not numbers: the forward pass went wrong.
+    #[error("the logits of token {0} are not all finite")]
+    NotFinite(u32),
+    /// The sequence cannot be kept within its grammar.
+    #[error(transparent)]
+    Constraint(#[from] ConstraintError),
+}
 
 impl Sampler {
     /// A sampler for a sequence that starts with `prompt`. `params` must be valid, their biased tokens within the vocabulary.
@@ -44,16 +53,31 @@ impl Sampler {
                 *seen = true;
             }
         }
-        Self { params, seen, generated: BTreeMap::new() }
+        Self { params, seen, generated: BTreeMap::new(), constraint: None }
+    }
+
+    /// Draws only what `constraint` allows, whatever the parameters say. It has taken in what was generated already.
+    #[must_use]
+    pub fn within(self, constraint: Option<Constraint>) -> Self {
+        Self { constraint, ..self }
+    }
+
+    /// Whether the constraint allows nothing more.
+    pub fn is_finished(&self) -> bool {
+        self.constraint.as_ref().is_some_and(Constraint::is_finished)
     }
 
     /// Draws token `index` of the completion from `logits`, `[vocab_size]`, and takes it into the sequence.
-    pub fn sample(&mut self, index: u32, logits: &[f32]) -> Result<SampledToken, NotFinite> {
+    pub fn sample(&mut self, index: u32, logits: &[f32]) -> Result<SampledToken, SampleError> {
         if !logits.iter().all(|logit| logit.is_finite()) {
-            return Err(NotFinite(index));
+            return Err(SampleError::NotFinite(index));
         }
-        let id = self.draw(index, logits);
+        let mask = self.constraint.as_mut().map(Constraint::mask).transpose()?;
+        let id = self.draw(index, logits, mask.as_ref());
         self.note(id);
+        if let Some(constraint) = &mut self.constraint {
+            constraint.commit(id)?;
+        }
         let Some(top) = self.params.logprobs else {
             return Ok(SampledToken { id, logprob: None, top_logprobs: Vec::new() });
         };
@@ -88,10 +112,13 @@ impl Sampler {
         }
     }
 
-    fn draw(&self, index: u32, logits: &[f32]) -> u32 {
+    fn draw(&self, index: u32, logits: &[f32], mask: Option<&Mask>) -> u32 {
         let params = &self.params;
         let mut logits = logits.to_vec();
         self.adjust(&mut logits);
+        if let Some(mask) = mask {
+            mask.apply(&mut logits);
+        }
         if params.temperature == 0.0 {
             return best_first(&logits, 1)[0];
         }
@@ -268,6 +295,6 @@ mod tests {
     #[test]
     fn logits_that_are_not_numbers_are_an_error() {
         let mut sampler = Sampler::new(SamplingParams::default(), 2, &[]);
-        assert_eq!(sampler.sample(4, &[0.0, f32::NAN]), Err(NotFinite(4)));
+        assert_eq!(sampler.sample(4, &[0.0, f32::NAN]), Err(SampleError::NotFinite(4)));
     }
 }

@@ -1,61 +1,14 @@
 //! Text to tokens and back: the bundled model's tokenizer, whose tokens are bytes, and one of the kind of Mixtral 8x7B's, whose
 //! words start with a space and whose rare characters fall back to a token a byte.
 
-use std::path::{Path, PathBuf};
+#[path = "support/tokenizers.rs"]
+mod tokenizers;
 
 use proptest::prelude::*;
 use serde_json::{Value, json};
-use sirocco_model::{Checkpoint, Detokenizer, Tokenizer};
-use sirocco_types::ModelSpec;
+use sirocco_model::{Detokenizer, Tokenizer};
 
-fn demo() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/demo")
-}
-
-fn spec() -> ModelSpec {
-    Checkpoint::open(&demo()).unwrap().spec().clone()
-}
-
-/// A tokenizer from the text of a `tokenizer.json`.
-fn tokenizer(json: &Value) -> Tokenizer {
-    let dir = tempfile::tempdir().unwrap();
-    std::fs::write(dir.path().join("tokenizer.json"), json.to_string()).unwrap();
-    Tokenizer::load(dir.path(), &spec()).unwrap()
-}
-
-fn byte_level() -> Tokenizer {
-    Tokenizer::load(&demo(), &spec()).unwrap()
-}
-
-fn byte_fallback() -> Tokenizer {
-    let bytes = (0..=255_u8).map(|byte| format!("<0x{byte:02X}>"));
-    let tokens = ["<unk>", "<s>", "</s>", "▁", "a", "b"].map(str::to_owned).into_iter().chain(bytes);
-    let vocab: serde_json::Map<String, Value> = tokens.zip(0..).map(|(token, id)| (token, id.into())).collect();
-    let special = |id: u32, content: &str| {
-        json!({"id": id, "content": content, "special": true, "single_word": false, "lstrip": false, "rstrip": false,
-               "normalized": false})
-    };
-    tokenizer(&json!({
-        "version": "1.0",
-        "truncation": null,
-        "padding": null,
-        "added_tokens": [special(0, "<unk>"), special(1, "<s>"), special(2, "</s>")],
-        "normalizer": {"type": "Sequence", "normalizers": [
-            {"type": "Prepend", "prepend": "▁"},
-            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-        ]},
-        "pre_tokenizer": null,
-        "post_processor": null,
-        "decoder": {"type": "Sequence", "decoders": [
-            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-            {"type": "ByteFallback"},
-            {"type": "Fuse"},
-            {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-        ]},
-        "model": {"type": "BPE", "dropout": null, "unk_token": "<unk>", "continuing_subword_prefix": null,
-                  "end_of_word_suffix": null, "fuse_unk": true, "byte_fallback": true, "vocab": vocab, "merges": []},
-    }))
-}
+use tokenizers::{byte_fallback, byte_level, demo, tokenizer};
 
 /// What each id gives, and what is left at the end.
 fn streamed(tokenizer: &Tokenizer, ids: &[u32]) -> Vec<String> {

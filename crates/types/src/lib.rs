@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 mod bytes;
+mod grammar;
 mod ids;
 mod load;
 mod member;
@@ -14,6 +15,7 @@ mod routing;
 mod sampling;
 
 pub use bytes::Bytes;
+pub use grammar::{Calls, Grammar, GrammarTooLong, JsonSchema, Otherwise, Tool, grammar_limits};
 pub use ids::{Epoch, ExpertId, ExpertKey, LayerId, NodeId, NodeIdError};
 pub use load::{LayerLoad, LoadCounters, LoadReport, NodeLoad};
 pub use member::{Device, ExpertHoldings, Member, MemberState, RefusedExpert, Role};

@@ -14,7 +14,9 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use sirocco_model::{Experts, ExpertsError, KvCache, Logits, Model, SequenceChunk, StepOutput, Tokenizer};
+use sirocco_model::{
+    Constraint, ConstraintError, Experts, ExpertsError, KvCache, Logits, Model, SequenceChunk, StepOutput, Tokenizer,
+};
 use sirocco_proto::inference::{Event, Trace};
 use sirocco_types::SamplingParams;
 use tokio::runtime::Handle;
@@ -58,6 +60,8 @@ pub(crate) struct Request {
     pub(crate) generated: Vec<u32>,
     /// With `max_tokens` such that prompt and completion fit the model's context.
     pub(crate) sampling: SamplingParams,
+    /// What the completion must be; it has taken in `generated`.
+    pub(crate) constraint: Option<Constraint>,
     pub(crate) trace: Trace,
     pub(crate) arrived: Instant,
     pub(crate) events: mpsc::Sender<Result<Event, GenerateError>>,
@@ -69,6 +73,9 @@ pub(crate) enum GenerateError {
     /// It can never run here.
     #[error("{0}")]
     TooLarge(#[from] TooLarge),
+    /// It cannot be kept within its grammar.
+    #[error("{0}")]
+    Grammar(#[from] ConstraintError),
     /// Experts did not answer.
     #[error("{0}")]
     Unavailable(String),

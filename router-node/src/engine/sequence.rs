@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use sirocco_model::{Detokenizer, Sampler, StopMatcher, Tokenizer};
+use sirocco_model::{Detokenizer, SampleError, Sampler, StopMatcher, Tokenizer};
 use sirocco_proto::inference::{Event, Finished, Token};
 use sirocco_types::{FinishReason, Routing, Timings, Usage};
 use tokio::sync::OwnedSemaphorePermit;
@@ -30,9 +30,10 @@ pub(super) struct Sequence {
 }
 
 impl Sequence {
-    pub(super) fn new(request: Request, place: Option<OwnedSemaphorePermit>, vocab_size: usize) -> Self {
+    pub(super) fn new(mut request: Request, place: Option<OwnedSemaphorePermit>, vocab_size: usize) -> Self {
+        let sampler = Sampler::new(request.sampling.clone(), vocab_size, &request.prompt);
         Self {
-            sampler: Sampler::new(request.sampling.clone(), vocab_size, &request.prompt),
+            sampler: sampler.within(request.constraint.take()),
             detokenizer: Detokenizer::default(),
             stops: StopMatcher::new(request.sampling.stop.clone()),
             generated: 0,
@@ -58,7 +59,10 @@ impl Sequence {
                 return false;
             }
         }
-        true
+        if self.sampler.is_finished() {
+            self.finish(End::Token, tokenizer);
+        }
+        !self.sampler.is_finished()
     }
 
     /// A step at `now` has it, for which `found` tokens need not be computed.
@@ -78,10 +82,16 @@ impl Sequence {
         eos: &[u32],
     ) -> Result<Option<u32>, GenerateError> {
         let index = self.generated;
-        let sampled =
-            self.sampler.sample(index, &logits).map_err(|error| GenerateError::Internal(error.to_string()))?;
+        let sampled = self.sampler.sample(index, &logits).map_err(|error| match error {
+            SampleError::NotFinite(_) => GenerateError::Internal(error.to_string()),
+            SampleError::Constraint(error) => error.into(),
+        })?;
         self.first_token.get_or_insert_with(Instant::now);
         let (text, end) = self.take_in(sampled.id, tokenizer, eos);
+        let end = match end {
+            None | Some(End::Length) if self.sampler.is_finished() => Some(End::Token),
+            end => end,
+        };
         let top = sampled.top_logprobs.into_iter();
         let routing = std::mem::take(&mut self.routing);
         self.send(Event::Token(Token {
@@ -173,7 +183,7 @@ impl Sequence {
 /// How a completion ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum End {
-    /// With a token of the model's.
+    /// With a token of the model's, or where its grammar ends.
     Token,
     /// Before a string of the client's.
     StopString,

@@ -86,7 +86,7 @@ impl Asked {
         let (events, stream) = mpsc::channel(sampling.max_tokens as usize + 2);
         let flow = Flow { client: ClientId(client), ..Flow::default() };
         let (id, arrived) = (String::new(), Instant::now());
-        (Request { id, flow, prompt, generated, sampling, trace, arrived, events }, stream)
+        (Request { id, flow, prompt, generated, sampling, constraint: None, trace, arrived, events }, stream)
     }
 }
 

@@ -49,9 +49,13 @@ pub(super) struct Fields {
     pub(super) return_token_ids: Option<bool>,
     pub(super) stream: Option<bool>,
     pub(super) stream_options: Option<StreamOptions>,
-    response_format: Option<ResponseFormat>,
-    tools: Value,
-    tool_choice: Value,
+    /// See [`super::form`].
+    pub(super) response_format: Value,
+    /// See [`super::form`].
+    pub(super) tools: Value,
+    /// See [`super::form`].
+    pub(super) tool_choice: Value,
+    pub(super) parallel_tool_calls: Option<bool>,
     functions: Value,
     function_call: Value,
     audio: Value,
@@ -64,11 +68,6 @@ pub(super) struct Fields {
 pub(super) struct StreamOptions {
     /// End with the usage of the whole request.
     pub(super) include_usage: Option<bool>,
-}
-
-#[derive(Debug, Deserialize)]
-struct ResponseFormat {
-    r#type: String,
 }
 
 /// Reads a request. Errors: 413 when it is too long, 400 when it is not JSON or a field has the wrong type, saying where.
@@ -123,13 +122,10 @@ impl Fields {
     fn refuse_unsupported(&self) -> Result<(), Problem> {
         let idle = |choice: &Value| choice.is_null() || choice == "none" || choice == "auto";
         let refused = [
-            ("tools", self.tools.is_null()),
-            ("tool_choice", idle(&self.tool_choice)),
             ("functions", self.functions.is_null()),
             ("function_call", idle(&self.function_call)),
             ("audio", self.audio.is_null()),
             ("suffix", self.suffix.as_deref().is_none_or(str::is_empty)),
-            ("response_format", self.response_format.as_ref().is_none_or(|format| format.r#type == "text")),
         ];
         match refused.into_iter().find(|(_, served)| !served) {
             Some((param, _)) => Err(Problem::unsupported(param)),
@@ -157,14 +153,10 @@ mod tests {
     #[test]
     fn what_is_not_served_is_refused_by_name() {
         let cases = [
-            ("tools", r#"[{"type": "function"}]"#),
-            ("tools", "[]"),
-            ("tool_choice", r#""required""#),
             ("functions", "[]"),
             ("function_call", r#"{"name": "f"}"#),
             ("audio", r#"{"voice": "x"}"#),
             ("suffix", r#""x""#),
-            ("response_format", r#"{"type": "json_object"}"#),
         ];
         for (param, value) in cases {
             let problem = problem(&format!("{{\"{param}\": {value}}}"));

@@ -1,9 +1,10 @@
 //! One choice of an answer, whole or in pieces.
 
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
-use sirocco_model::Tokenizer;
+use sirocco_model::{CallReader, Marker, Said, Tokenizer};
 use sirocco_proto::inference::{Event, Token};
 use sirocco_types::FinishReason;
 
@@ -24,6 +25,8 @@ pub(super) struct Report {
     pub(super) logprobs: Option<Arc<Tokenizer>>,
     pub(super) token_ids: bool,
     pub(super) stream: bool,
+    /// That tools may be called, and what their calls' ids are made of.
+    pub(super) calls: Option<(Marker, String)>,
 }
 
 /// A choice that is being answered, and what has been said of it.
@@ -38,6 +41,10 @@ pub(super) struct Choice {
     first: bool,
     /// Characters said.
     offset: usize,
+    /// Finds calls of tools, where they may be.
+    calls: Option<CallReader>,
+    /// Calls that began.
+    called: usize,
 }
 
 /// What one or more events add to a choice.
@@ -66,51 +73,155 @@ impl Piece {
 impl Choice {
     /// The choice at `index` for `prompt`, before its first token; `echo` is said first.
     pub(super) fn new(report: Report, index: usize, prompt: Vec<u32>, echo: String) -> Self {
-        Self { report, index, echo, prompt, first: true, offset: 0 }
-    }
-
-    /// Whether `piece` has something to say.
-    pub(super) fn says(&self, piece: &Piece) -> bool {
-        let tokens_count = self.report.logprobs.is_some() || self.report.token_ids;
-        let text = piece.tokens.iter().any(|token| !token.text.is_empty()) || !piece.tail.is_empty();
-        text || piece.reason.is_some() || !self.echo.is_empty() || (tokens_count && !piece.tokens.is_empty())
+        let calls = report.calls.as_ref().map(|(marker, _)| CallReader::new(*marker));
+        Self { report, index, echo, prompt, first: true, offset: 0, calls, called: 0 }
     }
 
     /// The opening piece of a streamed chat message: its role.
     pub(super) fn opening(&self) -> Value {
-        let delta = json!({"role": "assistant", "content": ""});
+        let content = if self.calls.is_some() { Value::Null } else { "".into() };
+        let delta = json!({"role": "assistant", "content": content});
         json!({"index": self.index, "delta": delta, "logprobs": null, "finish_reason": null})
     }
 
-    /// `piece` as it stands among the `choices` of an answer.
-    pub(super) fn say(&mut self, piece: &Piece) -> Value {
-        let Report { kind, token_ids, stream, .. } = self.report;
-        let mut text = std::mem::take(&mut self.echo);
-        let echoed = text.chars().count();
-        text.extend(piece.tokens.iter().map(|token| token.text.as_str()));
-        text += &piece.tail;
-        let logprobs = match (&self.report.logprobs, kind) {
-            (None, _) => Value::Null,
-            (Some(writer), Kind::Completion) => completion_logprobs(&piece.tokens, self.offset + echoed, writer),
-            (Some(writer), Kind::Chat) => json!({"content": chat_logprobs(&piece.tokens, writer), "refusal": null}),
-        };
-        self.offset += text.chars().count();
-        let mut said = json!({"index": self.index, "logprobs": logprobs, "finish_reason": piece.reason});
-        match (kind, stream) {
-            (Kind::Completion, _) => said["text"] = text.into(),
-            (Kind::Chat, true) => said["delta"] = if text.is_empty() { json!({}) } else { json!({"content": text}) },
-            (Kind::Chat, false) => {
-                said["message"] = json!({"role": "assistant", "content": text, "refusal": null});
+    /// The whole choice, as it stands among the `choices` of an answer.
+    pub(super) fn whole(&mut self, piece: &Piece) -> Value {
+        let echo = std::mem::take(&mut self.echo);
+        let (parts, logprobs) = (self.parts(&echo, piece), self.logprobs(&echo, piece));
+        let mut text = String::new();
+        let mut calls: Vec<Value> = Vec::new();
+        let mut arguments = String::new();
+        let mut parts = parts.into_iter().peekable();
+        while let Some(part) = parts.next() {
+            match part {
+                Said::Text(more) => text += &more,
+                Said::Arguments(more) => arguments += &more,
+                Said::Call(name) => calls.push(self.call(&name)),
+            }
+            if let (Some(call), None | Some(Said::Call(_))) = (calls.last_mut(), parts.peek()) {
+                call["function"]["arguments"] = std::mem::take(&mut arguments).into();
             }
         }
-        if token_ids {
+        let mut said = json!({"index": self.index, "logprobs": logprobs, "finish_reason": self.reason(piece)});
+        match self.report.kind {
+            Kind::Completion => said["text"] = text.into(),
+            Kind::Chat => {
+                let content = if text.is_empty() && self.calls.is_some() { Value::Null } else { text.into() };
+                said["message"] = json!({"role": "assistant", "content": content, "refusal": null});
+                if !calls.is_empty() {
+                    said["message"]["tool_calls"] = calls.into();
+                }
+            }
+        }
+        self.add_ids(&mut said, piece);
+        said
+    }
+
+    /// `piece` of a stream as it stands among the `choices` of one or more answers; none when it has nothing to say.
+    pub(super) fn say(&mut self, piece: &Piece) -> Vec<Value> {
+        let echo = std::mem::take(&mut self.echo);
+        let (parts, logprobs) = (self.parts(&echo, piece), self.logprobs(&echo, piece));
+        let tokens_count = self.report.logprobs.is_some() || self.report.token_ids;
+        let mut said: Vec<Value> = parts.into_iter().map(|part| self.delta(part)).collect();
+        if said.is_empty() && (piece.reason.is_some() || (tokens_count && !piece.tokens.is_empty())) {
+            said.push(self.delta(Said::Text(String::new())));
+        }
+        if let Some(first) = said.first_mut() {
+            first["logprobs"] = logprobs;
+            self.add_ids(first, piece);
+        }
+        if let Some(last) = said.last_mut() {
+            last["finish_reason"] = self.reason(piece);
+        }
+        said
+    }
+
+    fn delta(&mut self, part: Said) -> Value {
+        let mut said = json!({"index": self.index, "logprobs": null, "finish_reason": null});
+        let delta = match (self.report.kind, part) {
+            (Kind::Completion, Said::Text(text)) => {
+                said["text"] = text.into();
+                return said;
+            }
+            (_, Said::Text(text)) if text.is_empty() => json!({}),
+            (_, Said::Text(text)) => json!({"content": text}),
+            (_, Said::Call(name)) => {
+                let index = self.called;
+                let mut call = self.call(&name);
+                call["index"] = index.into();
+                json!({"tool_calls": [call]})
+            }
+            (_, Said::Arguments(arguments)) => {
+                json!({"tool_calls": [{"index": self.called.saturating_sub(1), "function": {"arguments": arguments}}]})
+            }
+        };
+        said["delta"] = delta;
+        said
+    }
+
+    /// What `piece` says, after `echo`.
+    fn parts(&mut self, echo: &str, piece: &Piece) -> Vec<Said> {
+        let Some(reader) = &mut self.calls else {
+            let texts = piece.tokens.iter().map(|token| token.text.as_str());
+            let text: String = [echo].into_iter().chain(texts).chain([piece.tail.as_str()]).collect();
+            return if text.is_empty() { Vec::new() } else { vec![Said::Text(text)] };
+        };
+        let mut parts: Vec<Said> = piece.tokens.iter().flat_map(|token| reader.push(token.id, &token.text)).collect();
+        parts.extend(reader.push_text(&piece.tail));
+        if piece.reason.is_some() {
+            parts.extend(reader.finish());
+        }
+        parts
+    }
+
+    /// The next call, of the tool `name`, whose arguments are still to come.
+    fn call(&mut self, name: &str) -> Value {
+        let request = self.report.calls.as_ref().map_or("", |(_, request)| request);
+        let id = call_id(request, self.index, self.called);
+        self.called += 1;
+        json!({"id": id, "type": "function", "function": {"name": name, "arguments": ""}})
+    }
+
+    fn reason(&self, piece: &Piece) -> Value {
+        match piece.reason {
+            Some(FinishReason::Stop) if self.called > 0 => "tool_calls".into(),
+            reason => json!(reason),
+        }
+    }
+
+    fn logprobs(&mut self, echo: &str, piece: &Piece) -> Value {
+        let start = self.offset + echo.chars().count();
+        let texts = piece.tokens.iter().map(|token| token.text.as_str()).chain([piece.tail.as_str()]);
+        self.offset = start + texts.map(|text| text.chars().count()).sum::<usize>();
+        match (&self.report.logprobs, self.report.kind) {
+            (None, _) => Value::Null,
+            (Some(writer), Kind::Completion) => completion_logprobs(&piece.tokens, start, writer),
+            (Some(writer), Kind::Chat) => json!({"content": chat_logprobs(&piece.tokens, writer), "refusal": null}),
+        }
+    }
+
+    fn add_ids(&mut self, said: &mut Value, piece: &Piece) {
+        if self.report.token_ids {
             said["token_ids"] = piece.tokens.iter().map(|token| token.id).collect();
             if std::mem::take(&mut self.first) {
                 said["prompt_token_ids"] = std::mem::take(&mut self.prompt).into();
             }
         }
-        said
     }
+}
+
+/// Names a call within its conversation. Nine letters and digits: the templates of Mistral's models refuse other ids.
+fn call_id(request: &str, choice: usize, call: usize) -> String {
+    const SIGNS: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
+    let mut hasher = DefaultHasher::new();
+    (request, choice, call).hash(&mut hasher);
+    let mut rest = hasher.finish();
+    let sign = || {
+        let sign = SIGNS[(rest % 62) as usize];
+        rest /= 62;
+        char::from(sign)
+    };
+    std::iter::repeat_with(sign).take(9).collect()
 }
 
 /// Of a completion: parallel lists, offsets in characters.

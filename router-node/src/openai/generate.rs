@@ -11,6 +11,7 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse as _, Response};
 use futures::stream::{Peekable, SelectAll, select_all};
 use futures::{Stream, StreamExt as _};
+use sirocco_model::Constraint;
 use sirocco_proto::inference::{Event, Prompt, Trace};
 use sirocco_types::Usage;
 use tokio_stream::wrappers::ReceiverStream;
@@ -18,11 +19,12 @@ use tokio_stream::wrappers::ReceiverStream;
 use super::answer::Head;
 use super::body::Fields;
 use super::choice::{Choice, Kind, Piece, Report};
+use super::form::{Form, form};
 use super::problem::Problem;
 use super::sampling::{CHOICES, Drawing, drawing};
 use super::{Api, RequestId, body, prompts, stream};
 use crate::engine::GenerateError;
-use crate::intake::Job;
+use crate::intake::{Job, Refusal};
 use crate::scheduler::Flow;
 
 /// The events of all choices, each with its choice's index, as they come.
@@ -46,6 +48,9 @@ struct Asked {
     kind: Kind,
     fields: Fields,
     drawing: Drawing,
+    form: Form,
+    /// What keeps completions to the form.
+    constraint: Option<Constraint>,
     arrived: Instant,
 }
 
@@ -92,10 +97,11 @@ pub(super) async fn chat_completions(
 ) -> Result<Response, Problem> {
     let asked = Asked::read(&api, id, Kind::Chat, body).await?;
     let messages = prompts::of_chat(&asked.fields.messages)?;
+    let tools = asked.form.tools.clone();
     let chat = Arc::clone(&api.chat);
     // A template may take its time, so it does not run on the I/O runtime.
     let rendered = tokio::task::spawn_blocking(move || match &*chat {
-        Ok(template) => template.render(&messages).map_err(|error| error.to_string()),
+        Ok(template) => template.render(&messages, &tools).map_err(|error| error.to_string()),
         Err(problem) => Err(format!("{problem}; /v1/completions takes a prompt as it is")),
     });
     let rendered =
@@ -126,18 +132,32 @@ impl Asked {
         if fields.stream_options.is_some() && fields.stream != Some(true) {
             return Err(Problem::invalid("stream_options", "it needs stream to be true"));
         }
-        let drawing = drawing(kind, &fields)?;
-        Ok(Self { id, kind, fields, drawing, arrived })
+        let (mut drawing, form) = (drawing(kind, &fields)?, form(kind, &fields)?);
+        let constraint = match form.grammar.clone() {
+            Some(grammar) => {
+                Some(api.intake.constrain(grammar, Vec::new()).await.map_err(|refusal| match refusal {
+                    Refusal::Grammar(error) => form.blame(&error),
+                    refusal => refusal.into(),
+                })?)
+            }
+            None => None,
+        };
+        if form.must_call() {
+            // They end texts; a call that they cut would be none.
+            drawing.params.stop = Vec::new();
+        }
+        Ok(Self { id, kind, fields, drawing, form, constraint, arrived })
     }
 
     /// Hands every choice for `prompts` to the engine.
     fn call(self, api: &Api, prompts: Vec<Tokens>) -> Result<Call, Problem> {
-        let Self { id, kind, fields, drawing, arrived } = self;
+        let Self { id, kind, fields, drawing, form, constraint, arrived } = self;
         let report = Report {
             kind,
             logprobs: drawing.params.logprobs.map(|_| Arc::clone(&api.intake.tokenizer)),
             token_ids: fields.return_token_ids == Some(true),
             stream: fields.stream == Some(true),
+            calls: form.calls().then(|| (api.intake.marker(), id.clone())),
         };
         let prompt_tokens = prompts.iter().map(|prompt| prompt.ids.len() as u32).sum();
         let (mut jobs, mut choices) = (Vec::new(), Vec::new());
@@ -151,6 +171,7 @@ impl Asked {
                     prompt: ids.clone(),
                     generated: Vec::new(),
                     sampling,
+                    constraint: constraint.clone(),
                     trace: Trace::default(),
                 });
                 let shown = if report.token_ids { ids.clone() } else { Vec::new() };
@@ -199,6 +220,6 @@ async fn answer(mut call: Call) -> Result<Response, Problem> {
         call.count(&event);
         pieces[index].add(event);
     }
-    let choices = call.choices.iter_mut().zip(&pieces).map(|(choice, piece)| choice.say(piece)).collect();
+    let choices = call.choices.iter_mut().zip(&pieces).map(|(choice, piece)| choice.whole(piece)).collect();
     Ok(Json(call.head.whole(choices, call.usage)).into_response())
 }

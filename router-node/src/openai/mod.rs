@@ -1,12 +1,13 @@
 //! The OpenAI-compatible HTTP API of a router node, under `/v1`.
 //!
-//! `body` reads a request's fields, `sampling` and `prompts` check them, `generate` hands them to the intake, `answer` and
+//! `body` reads a request's fields, `sampling`, `prompts` and `form` check them, `generate` hands them to the intake, `answer` and
 //! `stream` say what comes back, `problem` what went wrong, each in OpenAI's shape. It takes the same way to the engine as gRPC,
 //! [`Intake`], and never logs a prompt or a completion.
 
 mod answer;
 mod body;
 mod choice;
+mod form;
 mod generate;
 mod models;
 mod problem;

@@ -98,6 +98,7 @@ impl From<Refusal> for Problem {
                 ..Self::new(StatusCode::NOT_FOUND, message)
             },
             Refusal::Invalid(error) => error.into(),
+            Refusal::Grammar(_) => Self::new(StatusCode::BAD_REQUEST, message),
             Refusal::Submit(SubmitError::Full(_)) => Self::new(StatusCode::TOO_MANY_REQUESTS, message),
             Refusal::Submit(SubmitError::TooMany { .. }) => Self::invalid("n", message),
             Refusal::NotReady(_) | Refusal::Submit(SubmitError::Stopped) => {
@@ -112,6 +113,7 @@ impl From<GenerateError> for Problem {
     fn from(error: GenerateError) -> Self {
         let message = error.to_string();
         match error {
+            GenerateError::Grammar(_) => Self::new(StatusCode::BAD_REQUEST, message),
             GenerateError::TooLarge(_) => Self::invalid("max_tokens", message),
             GenerateError::Unavailable(_) => Self::new(StatusCode::SERVICE_UNAVAILABLE, message),
             GenerateError::Internal(_) => Self::new(StatusCode::INTERNAL_SERVER_ERROR, message),

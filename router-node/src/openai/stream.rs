@@ -63,9 +63,7 @@ impl Sending {
         self.call.count(&event);
         let mut piece = Piece::default();
         piece.add(event);
-        let choice = &mut self.call.choices[index];
-        if choice.says(&piece) {
-            let said = choice.say(&piece);
+        for said in self.call.choices[index].say(&piece) {
             self.say(vec![said]);
         }
     }
@@ -92,6 +90,7 @@ impl Sending {
 #[cfg(test)]
 mod tests {
     use serde_json::json;
+    use sirocco_model::Marker;
     use sirocco_proto::inference::{Finished, Token};
     use sirocco_types::{FinishReason, Timings, Usage};
 
@@ -112,9 +111,14 @@ mod tests {
 
     /// The frames of a stream of one choice.
     async fn frames(kind: Kind, token_ids: bool, events: Vec<Result<Event, GenerateError>>) -> Vec<String> {
+        let report = Report { kind, logprobs: None, token_ids, stream: true, calls: None };
+        reported(report, events).await
+    }
+
+    async fn reported(report: Report, events: Vec<Result<Event, GenerateError>>) -> Vec<String> {
+        let kind = report.kind;
         let events: std::pin::Pin<Box<dyn futures::Stream<Item = _> + Send>> =
             Box::pin(stream::iter(events.into_iter().map(|event| (0, event))));
-        let report = Report { kind, logprobs: None, token_ids, stream: true };
         let call = Call {
             head: Head::example(kind),
             report: report.clone(),
@@ -161,6 +165,79 @@ mod tests {
         );
         assert_eq!((&choice(2)["delta"], &choice(2)["token_ids"]), (&json!({}), &json!([7])));
         assert_eq!(choice(3)["finish_reason"], "stop");
+    }
+
+    #[tokio::test]
+    async fn calls_of_tools_come_in_pieces_that_make_the_whole() {
+        let texts = [
+            "[TOOL",
+            "_CALLS] [{\"name\": \"f\", \"arg",
+            "uments\": {\"a\": ",
+            "1}",
+            "}, {\"name\": \"g\", \"arguments\": {",
+            "}}]",
+        ];
+        let events = || {
+            let tokens = texts.iter().zip(0..).map(|(text, index)| token(index, text));
+            tokens.chain([finished("")]).collect::<Vec<_>>()
+        };
+        let calls = Some((Marker::Letters, "request".to_owned()));
+        let report = Report { kind: Kind::Chat, logprobs: None, token_ids: false, stream: true, calls };
+        let frames = reported(report.clone(), events().into_iter().map(Ok).collect()).await;
+        let choices: Vec<Value> = frames.iter().filter(|f| *f != DONE).map(|f| json(f)["choices"][0].clone()).collect();
+        assert_eq!(choices[0]["delta"], json!({"role": "assistant", "content": null}));
+        let mut calls: Vec<Value> = Vec::new();
+        for choice in &choices[1..] {
+            for piece in choice["delta"]["tool_calls"].as_array().into_iter().flatten() {
+                let index = piece["index"].as_u64().unwrap() as usize;
+                if index == calls.len() {
+                    assert_eq!((&piece["type"], &piece["function"]["arguments"]), (&json!("function"), &json!("")));
+                    calls.push(piece.clone());
+                } else {
+                    assert!(piece["id"].is_null() && piece["function"]["name"].is_null());
+                    let more = piece["function"]["arguments"].as_str().unwrap();
+                    let arguments = format!("{}{more}", calls[index]["function"]["arguments"].as_str().unwrap());
+                    calls[index]["function"]["arguments"] = arguments.into();
+                }
+            }
+        }
+        let reasons: Vec<&Value> =
+            choices.iter().map(|choice| &choice["finish_reason"]).filter(|r| !r.is_null()).collect();
+        assert_eq!(reasons, [&json!("tool_calls")]);
+
+        let mut piece = Piece::default();
+        events().into_iter().for_each(|event| piece.add(event));
+        let whole = Choice::new(Report { stream: false, ..report }, 0, Vec::new(), String::new()).whole(&piece);
+        let message = &whole["message"];
+        assert_eq!((&whole["finish_reason"], &message["content"]), (&json!("tool_calls"), &Value::Null));
+        for (index, (streamed, whole)) in calls.iter_mut().zip(message["tool_calls"].as_array().unwrap()).enumerate() {
+            assert_eq!(streamed.as_object_mut().unwrap().remove("index"), Some(json!(index)));
+            assert_eq!(streamed, whole);
+            let id = whole["id"].as_str().unwrap();
+            assert!(id.len() == 9 && id.bytes().all(|byte| byte.is_ascii_alphanumeric()));
+        }
+        let functions: Vec<&Value> = calls.iter().map(|call| &call["function"]).collect();
+        let expected = [json!({"name": "f", "arguments": "{\"a\": 1}"}), json!({"name": "g", "arguments": "{}"})];
+        assert_eq!(functions, expected.iter().collect::<Vec<_>>());
+    }
+
+    #[tokio::test]
+    async fn a_call_that_is_cut_off_ends_by_length_and_text_stays_text() {
+        let cut = |text: &str, reason| {
+            let calls = Some((Marker::Letters, "request".to_owned()));
+            let report = Report { kind: Kind::Chat, logprobs: None, token_ids: false, stream: false, calls };
+            let mut piece = Piece::default();
+            piece.add(token(0, text));
+            let Event::Finished(end) = finished("") else { unreachable!() };
+            piece.add(Event::Finished(Finished { reason, ..end }));
+            Choice::new(report, 0, Vec::new(), String::new()).whole(&piece)
+        };
+        let whole = cut("[TOOL_CALLS] [{\"name\": \"f\", \"arguments\": {\"a\": [1", FinishReason::Length);
+        assert_eq!(whole["finish_reason"], "length");
+        assert_eq!(whole["message"]["tool_calls"][0]["function"]["arguments"], "{\"a\": [1");
+        let whole = cut("[TOOL box", FinishReason::Stop);
+        assert_eq!((&whole["finish_reason"], &whole["message"]["content"]), (&json!("stop"), &json!("[TOOL box")));
+        assert_eq!(whole["message"]["tool_calls"], Value::Null);
     }
 
     #[tokio::test]

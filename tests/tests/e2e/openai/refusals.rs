@@ -57,7 +57,7 @@ fn every_refusal_names_the_field_and_the_limit() {
             "messages[0].content[0].type",
             "image_url",
         ),
-        (CHAT, json!({"messages": [{"role": "tool", "content": "x"}]}), "messages[0].role", "tool"),
+        (CHAT, json!({"messages": [{"role": "function", "content": "x"}]}), "messages[0].role", "function"),
         (CHAT, json!({"messages": message(&json!(long))}), "messages", "2048"),
         (CHAT, json!({"messages": message(&json!("x")), "top_logprobs": 2}), "top_logprobs", "logprobs"),
         (
@@ -66,15 +66,8 @@ fn every_refusal_names_the_field_and_the_limit() {
             "max_completion_tokens",
             "at least 1",
         ),
-        (CHAT, json!({"messages": message(&json!("x")), "tools": [{}]}), "tools", "not supported"),
         (CHAT, json!({"messages": message(&json!("x")), "functions": [{}]}), "functions", "not supported"),
         (CHAT, json!({"messages": message(&json!("x")), "audio": {}}), "audio", "not supported"),
-        (
-            CHAT,
-            json!({"messages": message(&json!("x")), "response_format": {"type": "json_object"}}),
-            "response_format",
-            "not supported",
-        ),
     ];
     for (path, body, param, part) in cases {
         check(post(&http, path, &body), 400, Some(param), part);
