@@ -17,8 +17,8 @@ use sirocco_types::{Grammar, JsonSchema, ModelSpec, Otherwise, grammar_limits};
 use crate::calls;
 use crate::tokenizer::{Tokenizer, TokenizerError};
 
-/// States of a grammar's lexer, at one or two KiB each; llguidance's default is ten times as many.
-const LEXER_STATES: usize = 25_000;
+/// States of a grammar's lexer, at one or two KiB each.
+const LEXER_STATES: usize = 10_000;
 /// Lexer work for one token, at 14,000 a millisecond; half of llguidance's default.
 const STEP_FUEL: u64 = 100_000;
 /// llguidance goes down recursively into what refers to something that refers to something else. What fits the limits on lengths

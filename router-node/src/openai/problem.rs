@@ -123,12 +123,14 @@ impl From<GenerateError> for Problem {
 
 #[cfg(test)]
 mod tests {
+    use sirocco_model::ConstraintError;
+
     use super::*;
 
     #[test]
     fn each_problem_has_its_status_type_and_code() {
         let refused = Refusal::UnknownModel { given: "a".into(), served: "b".into() };
-        let cases: [(Problem, u16, &str, Value, Value); 6] = [
+        let cases: [(Problem, u16, &str, Value, Value); 7] = [
             (refused.into(), 404, "invalid_request_error", "model".into(), "model_not_found".into()),
             (Invalid::new("top_p", "2").into(), 400, "invalid_request_error", "top_p".into(), Value::Null),
             (
@@ -139,6 +141,13 @@ mod tests {
                 "unsupported_parameter".into(),
             ),
             (Refusal::from(SubmitError::Full(2)).into(), 429, "rate_limit_error", Value::Null, "queue_full".into()),
+            (
+                GenerateError::Grammar(ConstraintError::TooComplex(3)).into(),
+                400,
+                "invalid_request_error",
+                Value::Null,
+                Value::Null,
+            ),
             (GenerateError::Unavailable("x".into()).into(), 503, "server_error", Value::Null, "unavailable".into()),
             (GenerateError::Internal("x".into()).into(), 500, "server_error", Value::Null, "internal_error".into()),
         ];

@@ -206,7 +206,9 @@ mod tests {
         assert_eq!(reasons, [&json!("tool_calls")]);
 
         let mut piece = Piece::default();
-        events().into_iter().for_each(|event| piece.add(event));
+        for event in events() {
+            piece.add(event);
+        }
         let whole = Choice::new(Report { stream: false, ..report }, 0, Vec::new(), String::new()).whole(&piece);
         let message = &whole["message"];
         assert_eq!((&whole["finish_reason"], &message["content"]), (&json!("tool_calls"), &Value::Null));

@@ -172,6 +172,24 @@ fn calls_of_tools_are_enforced_whole_and_streamed_alike() {
 }
 
 #[test]
+fn under_auto_the_model_chooses_between_an_answer_and_calls() {
+    let (_process, _, http) = cluster(&[]);
+    // What each begins with, by the ids of the bundled model.
+    let (bracket, brace) = ("61", "93");
+    let answered = |first: &str| {
+        let fields = json!({"tools": tools(), "response_format": schema_format(&person()), "parallel_tool_calls": false,
+                            "logit_bias": {first: 100}});
+        ask(&http, CHAT, &chat(&fields))["choices"][0].clone()
+    };
+    let called = answered(bracket);
+    assert_eq!((&called["finish_reason"], &called["message"]["content"]), (&json!("tool_calls"), &Value::Null));
+    assert_eq!(called["message"]["tool_calls"].as_array().unwrap().len(), 1);
+    let said = answered(brace);
+    assert_eq!((&said["finish_reason"], &said["message"]["tool_calls"]), (&json!("stop"), &Value::Null));
+    assert_person(&serde_json::from_str(said["message"]["content"].as_str().unwrap()).unwrap());
+}
+
+#[test]
 fn a_conversation_with_calls_goes_on() {
     let (_process, _, http) = cluster(&[]);
     let call = json!({"id": "abcdefghi", "type": "function", "function": {"name": "look", "arguments": "{\"where\": \"up\"}"}});
