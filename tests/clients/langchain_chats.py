@@ -24,7 +24,6 @@ def a_stream_is_the_golden():
     chunks = list(model.stream(golden["prompt"]))
     assert len(chunks) > 40, chunks
     same("".join(chunk.content for chunk in chunks), golden["greedy_text"])
-    same(sum(chunk.usage_metadata["output_tokens"] for chunk in chunks if chunk.usage_metadata), 48)
 
 
 def a_batch_comes_in_order():

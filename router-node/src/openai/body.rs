@@ -37,6 +37,8 @@ pub(super) struct Fields {
     /// By token id in decimal.
     pub(super) logit_bias: Option<BTreeMap<String, f32>>,
     pub(super) seed: Option<serde_json::Number>,
+    /// What Mistral's clients call `seed`.
+    pub(super) random_seed: Option<serde_json::Number>,
     pub(super) n: Option<u32>,
     pub(super) best_of: Option<u32>,
     /// A string or a list of strings.
@@ -60,6 +62,8 @@ pub(super) struct Fields {
     function_call: Value,
     audio: Value,
     suffix: Option<String>,
+    safe_prompt: Option<bool>,
+    prompt_mode: Value,
 }
 
 /// What a stream says beside its choices.
@@ -126,6 +130,8 @@ impl Fields {
             ("function_call", idle(&self.function_call)),
             ("audio", self.audio.is_null()),
             ("suffix", self.suffix.as_deref().is_none_or(str::is_empty)),
+            ("safe_prompt", self.safe_prompt != Some(true)),
+            ("prompt_mode", self.prompt_mode.is_null()),
         ];
         match refused.into_iter().find(|(_, served)| !served) {
             Some((param, _)) => Err(Problem::unsupported(param)),
@@ -145,7 +151,8 @@ mod tests {
     #[test]
     fn unknown_fields_and_null_are_tolerated() {
         let text = r#"{"model": null, "temperature": null, "user": "u", "metadata": {"a": [1]}, "what": {"is": "this"},
-                       "tools": null, "tool_choice": "none", "response_format": {"type": "text"}, "suffix": ""}"#;
+                       "tools": null, "tool_choice": "none", "response_format": {"type": "text"}, "suffix": "",
+                       "safe_prompt": false, "prompt_mode": null}"#;
         let fields = parse(text.as_bytes()).unwrap();
         assert_eq!((fields.model, fields.temperature), (None, None));
     }
@@ -157,6 +164,8 @@ mod tests {
             ("function_call", r#"{"name": "f"}"#),
             ("audio", r#"{"voice": "x"}"#),
             ("suffix", r#""x""#),
+            ("safe_prompt", "true"),
+            ("prompt_mode", r#""reasoning""#),
         ];
         for (param, value) in cases {
             let problem = problem(&format!("{{\"{param}\": {value}}}"));

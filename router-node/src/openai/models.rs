@@ -18,13 +18,18 @@ pub(super) async fn one(State(api): State<Api>, Path(id): Path<String>) -> Resul
     Ok(Json(model(&api)))
 }
 
+/// What OpenAI's clients read, and Mistral's, which insist on a type and on what the model can do.
 fn model(api: &Api) -> Value {
     let model = &api.intake.model;
+    let (context, chat) = (model.spec.max_position_embeddings, api.chat.is_ok());
     json!({
         "id": model.name,
         "object": "model",
         "created": api.created,
         "owned_by": "sirocco",
-        "max_model_len": model.spec.max_position_embeddings,
+        "max_model_len": context,
+        "max_context_length": context,
+        "type": "base",
+        "capabilities": {"completion_chat": chat, "function_calling": chat, "completion_fim": false, "vision": false},
     })
 }

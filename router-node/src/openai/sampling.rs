@@ -54,6 +54,7 @@ pub(super) fn drawing(kind: Kind, fields: &Fields) -> Result<Drawing, Problem> {
         (None, Kind::Chat) => ("max_tokens", fields.max_tokens.unwrap_or(u32::MAX)),
     };
     let (logprobs_field, logprobs) = logprobs(kind, fields)?;
+    let seed = seed(fields)?;
     let params = SamplingParams {
         repetition_penalty: fields.repetition_penalty.unwrap_or(default.repetition_penalty),
         frequency_penalty: fields.frequency_penalty.unwrap_or(default.frequency_penalty),
@@ -63,7 +64,7 @@ pub(super) fn drawing(kind: Kind, fields: &Fields) -> Result<Drawing, Problem> {
         top_k: top_k(fields)?,
         top_p: fields.top_p.unwrap_or(default.top_p),
         min_p: fields.min_p.unwrap_or(default.min_p),
-        seed: seed(fields)?.unwrap_or_else(sirocco_process::incarnation),
+        seed: seed.unwrap_or_else(sirocco_process::incarnation),
         max_tokens,
         stop: stop(&fields.stop)?,
         ignore_eos: fields.ignore_eos.unwrap_or(default.ignore_eos),
@@ -77,7 +78,7 @@ pub(super) fn drawing(kind: Kind, fields: &Fields) -> Result<Drawing, Problem> {
             _ => problem,
         }
     })?;
-    Ok(Drawing { params, seeded: fields.seed.is_some(), n })
+    Ok(Drawing { params, seeded: seed.is_some(), n })
 }
 
 /// How many alternatives to report, and the field that says so.
@@ -115,11 +116,16 @@ fn top_k(fields: &Fields) -> Result<u32, Problem> {
     }
 }
 
-/// Any integer of 64 bits, negative ones by their bits.
+/// Any integer of 64 bits, negative ones by their bits, under OpenAI's name or Mistral's.
 fn seed(fields: &Fields) -> Result<Option<u64>, Problem> {
-    let Some(given) = &fields.seed else { return Ok(None) };
+    let (param, given) = match (&fields.seed, &fields.random_seed) {
+        (None, None) => return Ok(None),
+        (Some(given), None) => ("seed", given),
+        (None, Some(given)) => ("random_seed", given),
+        (Some(_), Some(_)) => return Err(Problem::invalid("random_seed", "seed is given too, there may be one of them")),
+    };
     let seed = given.as_u64().or_else(|| given.as_i64().map(i64::cast_unsigned));
-    seed.map(Some).ok_or_else(|| Problem::invalid("seed", format!("{given}, must be an integer of 64 bits")))
+    seed.map(Some).ok_or_else(|| Problem::invalid(param, format!("{given}, must be an integer of 64 bits")))
 }
 
 fn logit_bias(fields: &Fields) -> Result<BTreeMap<u32, f32>, Problem> {
@@ -207,6 +213,8 @@ mod tests {
             (Chat, json!({"logit_bias": {"x": 1}}), "logit_bias"),
             (Chat, json!({"logit_bias": {"1": 101}}), "logit_bias"),
             (Chat, json!({"seed": 1.5}), "seed"),
+            (Chat, json!({"random_seed": 1.5}), "random_seed"),
+            (Chat, json!({"random_seed": 1, "seed": 1}), "random_seed"),
             (Completion, json!({"max_tokens": 0}), "max_tokens"),
             (Chat, json!({"max_completion_tokens": 0}), "max_completion_tokens"),
             (Chat, json!({"stop": 5}), "stop"),
@@ -229,6 +237,7 @@ mod tests {
     #[test]
     fn choices_differ_and_a_prompt_gives_the_same_alone_and_in_a_list() {
         let seeded = read(Kind::Completion, json!({"seed": 7, "n": 2})).unwrap();
+        assert_eq!(read(Kind::Completion, json!({"random_seed": 7, "n": 2})), Ok(seeded.clone()));
         assert_eq!(seeded.choice(0, 0).seed, 7);
         assert_eq!(seeded.choice(2, 0), seeded.choice(0, 0));
         assert_ne!(seeded.choice(1, 1).seed, 7);
