@@ -138,6 +138,7 @@ pub(crate) async fn complete(
         ignore_eos: sampling.ignore_eos,
         logprobs: None,
         trace: None,
+        ..Default::default()
     };
     let failed = |status: Status| refusal(address, &status);
     let mut events = client.generate(request).await.map_err(failed)?.into_inner();
@@ -174,7 +175,11 @@ impl Completion {
             wire::FinishReason::Unspecified => "unknown",
         };
         let usage = finished.usage.unwrap_or_default();
-        self.usage = Usage { prompt_tokens: usage.prompt_tokens, completion_tokens: usage.completion_tokens };
+        self.usage = Usage {
+            prompt_tokens: usage.prompt_tokens,
+            cached_tokens: usage.cached_tokens,
+            completion_tokens: usage.completion_tokens,
+        };
         let timings = finished.timings.unwrap_or_default();
         self.timings =
             Timings { queue_ms: timings.queue_ms, first_token_ms: timings.first_token_ms, total_ms: timings.total_ms };

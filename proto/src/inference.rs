@@ -20,6 +20,8 @@ pub struct GenerateRequest {
     pub seeded: bool,
     /// What to report of the computation.
     pub trace: Trace,
+    /// The completion's first tokens, which the client has: it goes on after them.
+    pub generated: Vec<u32>,
 }
 
 /// What to complete.
@@ -94,6 +96,17 @@ impl TryFrom<wire::GenerateRequest> for GenerateRequest {
             logprobs: request.logprobs,
         };
         sampling.validate()?;
+        let generated = request.generated_token_ids;
+        if !generated.is_empty() && given.seed.is_none() && sampling.temperature > 0.0 {
+            return Err(Invalid::new(
+                "sampling.seed",
+                "absent, a completion goes on with the seed that `started` said",
+            ));
+        }
+        if generated.len() > sampling.max_tokens as usize {
+            let problem = format!("{} tokens, max_tokens is {}", generated.len(), sampling.max_tokens);
+            return Err(Invalid::new("generated_token_ids", problem));
+        }
         let trace = request.trace.unwrap_or_default();
         Ok(Self {
             model: (!request.model.is_empty()).then_some(request.model),
@@ -101,6 +114,7 @@ impl TryFrom<wire::GenerateRequest> for GenerateRequest {
             sampling,
             seeded: given.seed.is_some(),
             trace: Trace { logits: trace.logits, routing: trace.routing },
+            generated,
         })
     }
 }
@@ -227,6 +241,7 @@ impl From<Finished> for wire::Finished {
             usage: Some(wire::Usage {
                 prompt_tokens: finished.usage.prompt_tokens,
                 completion_tokens: finished.usage.completion_tokens,
+                cached_tokens: finished.usage.cached_tokens,
             }),
             timings: Some(wire::Timings {
                 queue_ms: finished.timings.queue_ms,
@@ -269,6 +284,15 @@ mod tests {
             (with(wire::SamplingParams { logit_bias: [(1, 101.0)].into(), ..Default::default() }), "logit_bias"),
             (wire::GenerateRequest { max_tokens: Some(0), ..text("x") }, "max_tokens"),
             (wire::GenerateRequest { logprobs: Some(99), ..text("x") }, "logprobs"),
+            (wire::GenerateRequest { generated_token_ids: vec![1], ..text("x") }, "sampling.seed"),
+            (
+                wire::GenerateRequest {
+                    generated_token_ids: vec![1, 2],
+                    max_tokens: Some(1),
+                    ..with(wire::SamplingParams { seed: Some(1), ..Default::default() })
+                },
+                "generated_token_ids",
+            ),
         ];
         for (request, field) in cases {
             assert_eq!(GenerateRequest::try_from(request).unwrap_err().field, field);

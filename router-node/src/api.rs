@@ -14,6 +14,7 @@ use tokio_stream::wrappers::ReceiverStream;
 
 use crate::engine::{GenerateError, SubmitError};
 use crate::intake::{Intake, Job, Refusal};
+use crate::scheduler::Flow;
 
 /// The gRPC service of one router node.
 #[derive(Debug)]
@@ -50,7 +51,8 @@ impl InferenceService for Api {
             prompt_tokens: prompt.len() as u32,
             seed: sampling.seed,
         };
-        let job = Job { id, prompt, sampling, trace: request.trace };
+        let GenerateRequest { trace, generated, .. } = request;
+        let job = Job { id, flow: Flow::default(), prompt, generated, sampling, trace };
         let stream = self.intake.submit(vec![job], arrived).map_err(refused)?.swap_remove(0);
         let first = futures::stream::iter([Ok(Event::Started(started))]);
         let events = first.chain(ReceiverStream::new(stream)).map(|event| match event {

@@ -12,6 +12,7 @@ use sirocco_types::{ModelIdentity, SamplingParams};
 use tokio::sync::mpsc;
 
 use crate::engine::{self, Engine, GenerateError, SubmitError};
+use crate::scheduler::Flow;
 
 /// What the APIs of a router node share.
 #[derive(Debug)]
@@ -30,8 +31,12 @@ pub(crate) struct Intake {
 pub(crate) struct Job {
     /// Names it in logs.
     pub(crate) id: String,
+    /// Whose it is, and how urgent.
+    pub(crate) flow: Flow,
     /// From [`Intake::tokens`].
     pub(crate) prompt: Vec<u32>,
+    /// The completion's first tokens, which the client has.
+    pub(crate) generated: Vec<u32>,
     /// Valid by itself; `max_tokens` may be more than the context has room for.
     pub(crate) sampling: SamplingParams,
     pub(crate) trace: Trace,
@@ -115,13 +120,18 @@ impl Intake {
         }
         let mut streams = Vec::with_capacity(jobs.len());
         let mut requests = Vec::with_capacity(jobs.len());
-        for Job { id, prompt, mut sampling, trace } in jobs {
+        for Job { id, flow, prompt, generated, mut sampling, trace } in jobs {
             self.check_bias(&sampling)?;
+            self.tokenizer.check(&generated).map_err(|error| invalid("generated_token_ids", &error))?;
             let room = self.model.spec.max_position_embeddings - prompt.len();
+            if generated.len() > room {
+                let problem = format!("{} tokens, after the prompt there is room for {room}", generated.len());
+                return Err(Invalid::new("generated_token_ids", problem).into());
+            }
             sampling.max_tokens = sampling.max_tokens.min(room as u32);
             // Room for every token and the end, so that the engine never waits for a slow client.
             let (events, stream) = mpsc::channel(sampling.max_tokens as usize + 2);
-            requests.push(engine::Request { id, prompt, sampling, trace, arrived, events });
+            requests.push(engine::Request { id, flow, prompt, generated, sampling, trace, arrived, events });
             streams.push(stream);
         }
         let accepted: Vec<_> = requests.iter().map(|r| (r.id.clone(), r.prompt.len(), r.sampling.max_tokens)).collect();

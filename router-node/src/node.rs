@@ -31,6 +31,7 @@ const MAX_SEQUENCES: u32 = 32;
 const MAX_QUEUE: u32 = 256;
 const STEP_TOKENS: u32 = 512;
 const KV_BYTES: u64 = 1 << 30;
+const OVERLAP_ROWS: u32 = 16;
 const EXPERT_TIMEOUT_S: u64 = 60;
 
 /// What a router node is told.
@@ -60,6 +61,10 @@ pub struct Config {
     /// Most memory for the KV cache, in bytes
     #[arg(long, env = "SIROCCO_KV_BYTES", value_name = "BYTES", default_value_t = KV_BYTES)]
     pub kv_bytes: u64,
+    /// A step is computed in two halves, so that the attention of one hides the experts of the other, when each half has this
+    /// many rows for each expert on average; 0 never does. Halving smaller steps would read the experts' weights twice
+    #[arg(long, env = "SIROCCO_OVERLAP_ROWS", value_name = "N", default_value_t = OVERLAP_ROWS)]
+    pub overlap_rows: u32,
     /// Longest wait for the experts of one layer, in seconds, their move to another node included
     #[arg(long, env = "SIROCCO_EXPERT_TIMEOUT_S", value_name = "SECONDS", default_value_t = EXPERT_TIMEOUT_S)]
     pub expert_timeout_s: u64,
@@ -78,6 +83,7 @@ impl Config {
             max_queue: MAX_QUEUE,
             step_tokens: STEP_TOKENS,
             kv_bytes: KV_BYTES,
+            overlap_rows: OVERLAP_ROWS,
             expert_timeout_s: EXPERT_TIMEOUT_S,
         }
     }
@@ -139,6 +145,7 @@ pub async fn start(
         queue: config.max_queue as usize,
         step_tokens: config.step_tokens as usize,
         kv_blocks: kv_blocks(&config, &identity.spec)?,
+        overlap_rows: config.overlap_rows as usize,
     };
 
     let member = Member {

@@ -23,6 +23,7 @@ use super::sampling::{CHOICES, Drawing, drawing};
 use super::{Api, RequestId, body, prompts, stream};
 use crate::engine::GenerateError;
 use crate::intake::Job;
+use crate::scheduler::Flow;
 
 /// The events of all choices, each with its choice's index, as they come.
 pub(super) type Events = Pin<Box<Peekable<SelectAll<ChoiceEvents>>>>;
@@ -106,6 +107,16 @@ pub(super) async fn chat_completions(
     answer(asked.call(&api, vec![Tokens { ids, echo: String::new() }])?).await
 }
 
+impl Call {
+    /// Adds what a choice that has ended took.
+    pub(super) fn count(&mut self, event: &Event) {
+        if let Event::Finished(finished) = event {
+            self.usage.completion_tokens += finished.usage.completion_tokens;
+            self.usage.cached_tokens += finished.usage.cached_tokens;
+        }
+    }
+}
+
 impl Asked {
     /// Reads and checks `body`.
     async fn read(api: &Api, id: String, kind: Kind, body: Body) -> Result<Self, Problem> {
@@ -134,7 +145,14 @@ impl Asked {
             for of_prompt in 0..drawing.n {
                 let index = jobs.len();
                 let sampling = drawing.choice(index, of_prompt);
-                jobs.push(Job { id: format!("{id}.{index}"), prompt: ids.clone(), sampling, trace: Trace::default() });
+                jobs.push(Job {
+                    id: format!("{id}.{index}"),
+                    flow: Flow::default(),
+                    prompt: ids.clone(),
+                    generated: Vec::new(),
+                    sampling,
+                    trace: Trace::default(),
+                });
                 let shown = if report.token_ids { ids.clone() } else { Vec::new() };
                 choices.push(Choice::new(report.clone(), index, shown, echo.clone()));
             }
@@ -151,7 +169,7 @@ impl Asked {
             report,
             choices,
             events: Box::pin(select_all(events).peekable()),
-            usage: Usage { prompt_tokens, completion_tokens: 0 },
+            usage: Usage { prompt_tokens, ..Usage::default() },
             include_usage: fields.stream_options.is_some_and(|options| options.include_usage == Some(true)),
         })
     }
@@ -178,9 +196,7 @@ async fn answer(mut call: Call) -> Result<Response, Problem> {
     let mut pieces: Vec<Piece> = call.choices.iter().map(|_| Piece::default()).collect();
     while let Some((index, event)) = call.events.next().await {
         let event = event?;
-        if let Event::Finished(finished) = &event {
-            call.usage.completion_tokens += finished.usage.completion_tokens;
-        }
+        call.count(&event);
         pieces[index].add(event);
     }
     let choices = call.choices.iter_mut().zip(&pieces).map(|(choice, piece)| choice.say(piece)).collect();
