@@ -3,6 +3,7 @@
 //! A request's way: `api` (gRPC) or `openai` (HTTP) reads it, `intake` checks and tokenises it, `engine` batches and computes step after step as `scheduler` decides,
 //! `dispatch` has the experts of each layer run on the nodes that `topology` names and `replicas` chooses among, over the
 //! streams of `connection`. What is routed where is counted and reported by `load`.
+//! `page` is what people see at `/`.
 //! It never holds an expert's weights and never writes a placement.
 #![forbid(unsafe_code)]
 
@@ -14,6 +15,7 @@ mod intake;
 mod load;
 mod node;
 mod openai;
+mod page;
 mod replicas;
 mod scheduler;
 mod topology;

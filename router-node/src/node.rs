@@ -25,6 +25,7 @@ use crate::engine::{Engine, EngineLimits, Parts};
 use crate::intake::Intake;
 use crate::load::{ExpertCounts, Reporter};
 use crate::openai::{self, Chat};
+use crate::page;
 use crate::topology::{self, Topology};
 
 const MAX_SEQUENCES: u32 = 32;
@@ -189,7 +190,7 @@ pub async fn start(
     let parts = Parts { model, tokenizer: Arc::clone(&tokenizer), experts, limits };
     let (engine, engine_thread) = Engine::start(parts, tokio::runtime::Handle::current())?;
     let intake = Arc::new(Intake::new(Arc::clone(&identity), tokenizer, engine, health.clone()));
-    let routes = http::routes(health.clone()).merge(openai::routes(Arc::clone(&intake), chat));
+    let routes = http::routes(health.clone()).merge(page::routes()).merge(openai::routes(Arc::clone(&intake), chat));
     let service = InferenceServiceServer::new(Api::new(intake)).max_encoding_message_size(MAX_MESSAGE_BYTES);
     let fronts = Fronts { grpc, services: Services::default().with(service), http, routes };
     let presence = Presence { member, member_key, registration, health: health.clone() };

@@ -47,6 +47,8 @@ pub(super) struct Fields {
     pub(super) top_logprobs: Option<u32>,
     pub(super) echo: Option<bool>,
     pub(super) return_token_ids: Option<bool>,
+    /// Of every token, by layer, which experts it went through.
+    pub(super) return_experts: Option<bool>,
     pub(super) stream: Option<bool>,
     pub(super) stream_options: Option<StreamOptions>,
     response_format: Option<ResponseFormat>,

@@ -137,6 +137,7 @@ impl Asked {
             kind,
             logprobs: drawing.params.logprobs.map(|_| Arc::clone(&api.intake.tokenizer)),
             token_ids: fields.return_token_ids == Some(true),
+            experts: (fields.return_experts == Some(true)).then(|| Arc::clone(&api.intake.tokenizer)),
             stream: fields.stream == Some(true),
         };
         let prompt_tokens = prompts.iter().map(|prompt| prompt.ids.len() as u32).sum();
@@ -151,7 +152,7 @@ impl Asked {
                     prompt: ids.clone(),
                     generated: Vec::new(),
                     sampling,
-                    trace: Trace::default(),
+                    trace: Trace { routing: report.experts.is_some(), ..Trace::default() },
                 });
                 let shown = if report.token_ids { ids.clone() } else { Vec::new() };
                 choices.push(Choice::new(report.clone(), index, shown, echo.clone()));

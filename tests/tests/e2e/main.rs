@@ -7,5 +7,6 @@ mod goldens;
 mod lifecycle;
 mod openai;
 mod operations;
+mod page;
 mod services;
 mod support;

@@ -2,5 +2,9 @@
 
 mod answers;
 mod client;
+mod experts;
 mod refusals;
 mod serving;
+
+pub(crate) use client::{cluster, post, send};
+pub(crate) use serving::{start, wait_for_log};
