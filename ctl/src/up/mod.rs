@@ -149,7 +149,7 @@ async fn serve(args: &Args, addresses: &Addresses, shutdown: &CancellationToken)
     }
 }
 
-/// What runs where, and the lines to copy to talk to it.
+/// What runs where, where its page is, and the lines to copy to talk to it.
 async fn describe(addresses: &Addresses) -> Result<String> {
     let nodes = list_nodes(&addresses.coordinator).await?;
     let rows: Vec<Vec<String>> = nodes.iter().map(NodeView::row).collect();
@@ -157,6 +157,7 @@ async fn describe(addresses: &Addresses) -> Result<String> {
     let program = program();
     Ok(format!(
         "{}\n\n\
+         page: http://{router_http}/\n\n\
          {program} generate --router {router} \"In the beginning God\" --max-tokens 48 --temperature 0\n\
          {program} status --coordinator {coordinator}\n\
          {program} placement show --coordinator {coordinator}\n\

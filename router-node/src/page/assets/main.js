@@ -131,11 +131,7 @@ function endEdit() {
 function send() {
   const question = page.question.value;
   if (!question.trim() || running) return;
-  if (!settings.read()) {
-    open('settings', true);
-    settings.complain();
-    return;
-  }
+  if (!valid()) return;
   if (edited) conversation.turns.splice(conversation.turns.indexOf(edited));
   endEdit();
   page.question.value = '';
@@ -143,10 +139,20 @@ function send() {
   answer(talk.ask(conversation, question, mode()));
 }
 
+/** The settings; when one is out of its range it is shown, and there are none. */
+function valid() {
+  const chosen = settings.read();
+  if (!chosen) {
+    open('settings', true);
+    settings.complain();
+  }
+  return chosen;
+}
+
 /** Has `turn` answered, anew if it was before. */
 async function answer(turn) {
   if (running) return;
-  const chosen = settings.read();
+  const chosen = valid();
   if (!chosen) return;
   const own = conversation;
   turn.answer = talk.answer();

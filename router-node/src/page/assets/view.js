@@ -85,6 +85,7 @@ export class View {
         const open = shown.below.childElementCount === 0;
         shown.below.replaceChildren(...(open ? [experts(turn.answer.experts, shown.count)] : []));
         toggle.setAttribute('aria-expanded', String(open));
+        if (open) shown.below.scrollIntoView({ block: 'nearest' });
       });
       toggle.setAttribute('aria-expanded', 'false');
       made.push(toggle);

@@ -68,7 +68,7 @@ async fn the_expert_view_shows_what_the_gate_chose_for_every_token() {
     let (layers, width, top_k) = (figure("layers"), figure("per_layer"), figure("per_token"));
     browser.click("#toggle-settings").await;
     browser.fill("#max-tokens", "120").await;
-    browser.fill("#temperature", "0").await;
+    browser.fill("#seed", "3").await;
     browser.click("#toggle-settings").await;
     browser.click("#examples button").await;
     answered(&browser).await;

@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use sirocco_testkit::PATIENCE;
 use sirocco_testkit::process::Process;
 use tempfile::TempDir;
+use tokio::sync::{Mutex, MutexGuard};
 use url::{ParseError, Url};
 
 /// A browser that does nothing of its own accord.
@@ -29,12 +30,16 @@ const ARGUMENTS: [&str; 9] = [
     "--hide-scrollbars",
 ];
 
+/// Browsers take a machine of few cores for themselves, so there is one at a time.
+static TURN: Mutex<()> = Mutex::const_new(());
+
 /// A browser with one page.
 pub(super) struct Browser {
     client: Client,
     /// Killed after the browser's own processes.
     _driver: Process,
     profile: TempDir,
+    _turn: MutexGuard<'static, ()>,
 }
 
 /// A command of WebDriver or of chromedriver, relative to the session.
@@ -63,6 +68,7 @@ fn program(variable: &str, name: &str) -> PathBuf {
 impl Browser {
     /// Starts a browser and opens `url` in it.
     pub(super) async fn open(url: &str) -> Self {
+        let turn = TURN.lock().await;
         let driver = program("SIROCCO_CHROMEDRIVER_BIN", "chromedriver");
         let mut driver = Process::start_at(&driver, &["--port=0"], &[]).unwrap();
         let started = "ChromeDriver was started successfully on port ";
@@ -80,7 +86,7 @@ impl Browser {
         let wanted: Capabilities = wanted.as_object().unwrap().clone();
         let mut builder = ClientBuilder::new(HttpConnector::new());
         let client = builder.capabilities(wanted).connect(&format!("http://127.0.0.1:{port}")).await.unwrap();
-        let browser = Self { client, _driver: driver, profile };
+        let browser = Self { client, _driver: driver, profile, _turn: turn };
         browser.resize(1280, 860).await;
         // The empty page that a browser begins with loads something of its own.
         browser.requests().await;
