@@ -65,8 +65,8 @@ mod tests {
             let path = reference.split('"').next().unwrap();
             assert!(served(path) || served(&format!("/{path}")), "{path}");
         }
-        for (at, _, text) in FILES {
-            let imports = text.lines().filter(|line| at.ends_with(".js") && line.contains(" from './"));
+        for (at, kind, text) in FILES {
+            let imports = text.lines().filter(|line| kind == SCRIPT && line.contains(" from './"));
             for import in imports {
                 let name = import.split("'./").nth(1).unwrap().split('\'').next().unwrap();
                 assert!(served(&format!("/page/{name}")), "{at} imports {name}");
