@@ -1,4 +1,4 @@
-//! When it does not go well: a person stops an answer, the router has no place, the router is gone.
+//! When it does not go well: a person stops an answer, the router has no place, wants a key, or is gone.
 
 use serde_json::json;
 use sirocco_testkit::cluster::Cluster;
@@ -6,7 +6,7 @@ use sirocco_testkit::etcd::Etcd;
 
 use super::answered;
 use super::browser::Browser;
-use crate::openai::{post, send, start, wait_for_log};
+use crate::openai::{cluster, post, send, start, wait_for_log};
 
 const ESCAPE: &str = "\u{e00c}";
 const ENTER: &str = "\u{e007}";
@@ -84,5 +84,30 @@ async fn a_full_queue_and_a_router_that_is_gone_are_said_in_words() {
     let said = browser.until("an error", "return document.querySelector('.problem p')?.textContent").await;
     assert!(said.as_str().unwrap().contains("cannot be reached"), "{said}");
     assert_eq!(browser.text(".retry").await, "Retry");
+    browser.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_api_key_is_asked_for_when_the_router_wants_one_and_sent_from_then_on() {
+    let (_process, _, http) = cluster(&[]);
+    let browser = Browser::open(&format!("http://{http}/")).await;
+    // Refuses what comes without the key, as a router with keys does, and notes what was sent.
+    let guard = r"
+        const real = window.fetch;
+        window.fetch = async (path, options) => {
+            if (options?.headers?.Authorization === 'Bearer secret') return real(path, options);
+            return new Response(JSON.stringify({ error: { message: 'no key was given' } }), { status: 401 });
+        };";
+    browser.script(guard).await;
+    browser.type_into("#question", &format!("The file{ENTER}")).await;
+    let said = browser.until("an error", "return document.querySelector('.problem p')?.textContent").await;
+    assert_eq!(said, "The router asks for an API key. no key was given");
+    assert_eq!(browser.script("return document.activeElement.id").await, "api-key");
+    browser.type_into("#api-key", "secret").await;
+    browser.click(".retry").await;
+    answered(&browser).await;
+    assert_eq!(browser.count(".problem p").await, 0);
+    let kept = browser.script("return JSON.stringify(localStorage).includes('secret')").await;
+    assert_eq!(kept, false, "a key outlives no tab");
     browser.end().await;
 }
