@@ -17,6 +17,7 @@ use sirocco_types::{FinishReason, Routing, SamplingParams, Timings, Usage};
 use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
+use crate::deadline::Overdue;
 use crate::scheduler::{Chunk, Limits, Scheduler, SequenceId, TooLarge};
 
 /// What the engine is made of.
@@ -59,6 +60,9 @@ pub(crate) enum GenerateError {
     /// It can never run here.
     #[error("{0}")]
     TooLarge(#[from] TooLarge),
+    /// Its time is over.
+    #[error("{0}")]
+    Overdue(#[from] Overdue),
     /// Experts did not answer.
     #[error("{0}")]
     Unavailable(String),

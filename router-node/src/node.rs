@@ -19,12 +19,14 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
-use crate::api::Api;
+use crate::api;
+use crate::callers::{Callers, OpenError};
 use crate::dispatch::RemoteExperts;
 use crate::engine::{Engine, EngineLimits, Parts};
 use crate::intake::Intake;
 use crate::load::{ExpertCounts, Reporter};
 use crate::openai::{self, Chat};
+use crate::policy::Policy;
 use crate::topology::{self, Topology};
 
 const MAX_SEQUENCES: u32 = 32;
@@ -63,6 +65,8 @@ pub struct Config {
     /// Longest wait for the experts of one layer, in seconds, their move to another node included
     #[arg(long, env = "SIROCCO_EXPERT_TIMEOUT_S", value_name = "SECONDS", default_value_t = EXPERT_TIMEOUT_S)]
     pub expert_timeout_s: u64,
+    #[command(flatten)]
+    pub policy: Policy,
 }
 
 impl Config {
@@ -79,6 +83,7 @@ impl Config {
             step_tokens: STEP_TOKENS,
             kv_bytes: KV_BYTES,
             expert_timeout_s: EXPERT_TIMEOUT_S,
+            policy: Policy::default(),
         }
     }
 }
@@ -95,6 +100,9 @@ pub enum StartError {
     /// The tokenizer cannot be used.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
+    /// The API keys cannot be used.
+    #[error(transparent)]
+    Keys(#[from] OpenError),
     /// An address is not free.
     #[error(transparent)]
     Bind(#[from] BindError),
@@ -127,6 +135,7 @@ pub async fn start(
     let started = Instant::now();
     let id = NodeId::new(&args.id)?;
     let keys = Keys::new(&args.cluster)?;
+    let (callers, reload) = Callers::open(config.policy.api_keys.as_deref())?;
     let grpc = bind("--grpc", config.grpc).await?;
     let http = bind("--http", config.http).await?;
     let (grpc_at, http_at) = (grpc.local_addr()?, http.local_addr()?);
@@ -164,6 +173,7 @@ pub async fn start(
     tracing::info!(id = %member.id, grpc = %grpc_at, model = identity.name, fingerprint = identity.fingerprint.short(), "joined");
 
     let (tasks, connections) = (TaskTracker::new(), TaskTracker::new());
+    tasks.spawn(reload.map_or_else(|| Either::Left(ready(())), |reload| Either::Right(reload.run(shutdown.clone()))));
     let states = ClusterState::follow(&mirror, &keys, &tasks);
     let (sender, topology) = watch::channel(Arc::new(Topology::default()));
     tasks.spawn(topology::follow(states.clone(), sender, connections.clone(), shutdown.clone()));
