@@ -26,6 +26,8 @@ pub struct GenerateRequest {
     pub priority: Priority,
     /// Longest time to the last token that the request itself asks for.
     pub timeout: Option<Duration>,
+    /// The completion's first tokens, which the client has: it goes on after them.
+    pub generated: Vec<u32>,
 }
 
 /// What to complete.
@@ -109,6 +111,17 @@ impl TryFrom<wire::GenerateRequest> for GenerateRequest {
         if request.timeout_ms == Some(0) {
             return Err(Invalid::new("timeout_ms", "0, must be at least 1"));
         }
+        let generated = request.generated_token_ids;
+        if !generated.is_empty() && given.seed.is_none() && sampling.temperature > 0.0 {
+            return Err(Invalid::new(
+                "sampling.seed",
+                "absent, a completion goes on with the seed that `started` said",
+            ));
+        }
+        if generated.len() > sampling.max_tokens as usize {
+            let problem = format!("{} tokens, max_tokens is {}", generated.len(), sampling.max_tokens);
+            return Err(Invalid::new("generated_token_ids", problem));
+        }
         let trace = request.trace.unwrap_or_default();
         Ok(Self {
             model: (!request.model.is_empty()).then_some(request.model),
@@ -118,6 +131,7 @@ impl TryFrom<wire::GenerateRequest> for GenerateRequest {
             trace: Trace { logits: trace.logits, routing: trace.routing },
             priority,
             timeout: request.timeout_ms.map(Duration::from_millis),
+            generated,
         })
     }
 }
@@ -244,6 +258,7 @@ impl From<Finished> for wire::Finished {
             usage: Some(wire::Usage {
                 prompt_tokens: finished.usage.prompt_tokens,
                 completion_tokens: finished.usage.completion_tokens,
+                cached_tokens: finished.usage.cached_tokens,
             }),
             timings: Some(wire::Timings {
                 queue_ms: finished.timings.queue_ms,
@@ -289,6 +304,15 @@ mod tests {
             (wire::GenerateRequest { logprobs: Some(99), ..text("x") }, "logprobs"),
             (wire::GenerateRequest { priority: 4, ..text("x") }, "priority"),
             (wire::GenerateRequest { timeout_ms: Some(0), ..text("x") }, "timeout_ms"),
+            (wire::GenerateRequest { generated_token_ids: vec![1], ..text("x") }, "sampling.seed"),
+            (
+                wire::GenerateRequest {
+                    generated_token_ids: vec![1, 2],
+                    max_tokens: Some(1),
+                    ..with(wire::SamplingParams { seed: Some(1), ..Default::default() })
+                },
+                "generated_token_ids",
+            ),
         ];
         for (request, field) in cases {
             assert_eq!(GenerateRequest::try_from(request).unwrap_err().field, field);

@@ -7,10 +7,8 @@ use std::time::{Duration, Instant};
 
 use sirocco_compute::{Pool, cpu_description};
 use sirocco_model::{ChatTemplate, Checkpoint, CheckpointError, KvCache, Model, Tokenizer, TokenizerError};
-use sirocco_process::http::{self, Health};
+use sirocco_process::http::{self, Health, Serving};
 use sirocco_process::{BindError, LifeError, NodeArgs, Running, advertised, bind};
-use sirocco_proto::channel::MAX_MESSAGE_BYTES;
-use sirocco_proto::inference::InferenceServiceServer;
 use sirocco_proto::server::Services;
 use sirocco_store::{ClusterState, Keys, LEASE_TTL, Mirror, Registration, Store, StoreError, to_json};
 use sirocco_types::{Device, Member, MemberState, ModelIdentity, ModelSpec, NodeId, NodeIdError, Role};
@@ -23,7 +21,7 @@ use crate::api;
 use crate::callers::{Callers, OpenError};
 use crate::dispatch::RemoteExperts;
 use crate::engine::{Engine, EngineLimits, Parts};
-use crate::intake::Intake;
+use crate::intake::{Intake, IntakeParts};
 use crate::load::{ExpertCounts, Reporter};
 use crate::openai::{self, Chat};
 use crate::policy::Policy;
@@ -33,6 +31,7 @@ const MAX_SEQUENCES: u32 = 32;
 const MAX_QUEUE: u32 = 256;
 const STEP_TOKENS: u32 = 512;
 const KV_BYTES: u64 = 1 << 30;
+const OVERLAP_ROWS: u32 = 16;
 const EXPERT_TIMEOUT_S: u64 = 60;
 
 /// What a router node is told.
@@ -62,9 +61,14 @@ pub struct Config {
     /// Most memory for the KV cache, in bytes
     #[arg(long, env = "SIROCCO_KV_BYTES", value_name = "BYTES", default_value_t = KV_BYTES)]
     pub kv_bytes: u64,
+    /// A step is computed in two halves, so that the attention of one hides the experts of the other, when each half has this
+    /// many rows for each expert on average; 0 never does. Halving smaller steps would read the experts' weights twice
+    #[arg(long, env = "SIROCCO_OVERLAP_ROWS", value_name = "N", default_value_t = OVERLAP_ROWS)]
+    pub overlap_rows: u32,
     /// Longest wait for the experts of one layer, in seconds, their move to another node included
     #[arg(long, env = "SIROCCO_EXPERT_TIMEOUT_S", value_name = "SECONDS", default_value_t = EXPERT_TIMEOUT_S)]
     pub expert_timeout_s: u64,
+    /// Who may call, and how much a request may ask for
     #[command(flatten)]
     pub policy: Policy,
 }
@@ -82,6 +86,7 @@ impl Config {
             max_queue: MAX_QUEUE,
             step_tokens: STEP_TOKENS,
             kv_bytes: KV_BYTES,
+            overlap_rows: OVERLAP_ROWS,
             expert_timeout_s: EXPERT_TIMEOUT_S,
             policy: Policy::default(),
         }
@@ -148,6 +153,7 @@ pub async fn start(
         queue: config.max_queue as usize,
         step_tokens: config.step_tokens as usize,
         kv_blocks: kv_blocks(&config, &identity.spec)?,
+        overlap_rows: config.overlap_rows as usize,
     };
 
     let member = Member {
@@ -173,7 +179,9 @@ pub async fn start(
     tracing::info!(id = %member.id, grpc = %grpc_at, model = identity.name, fingerprint = identity.fingerprint.short(), "joined");
 
     let (tasks, connections) = (TaskTracker::new(), TaskTracker::new());
-    tasks.spawn(reload.map_or_else(|| Either::Left(ready(())), |reload| Either::Right(reload.run(shutdown.clone()))));
+    if let Some(reload) = reload {
+        tasks.spawn(reload.run(shutdown.clone()));
+    }
     let states = ClusterState::follow(&mirror, &keys, &tasks);
     let (sender, topology) = watch::channel(Arc::new(Topology::default()));
     tasks.spawn(topology::follow(states.clone(), sender, connections.clone(), shutdown.clone()));
@@ -191,13 +199,23 @@ pub async fn start(
     };
     let parts = Parts { model, tokenizer: Arc::clone(&tokenizer), experts, limits };
     let (engine, engine_thread) = Engine::start(parts, tokio::runtime::Handle::current())?;
-    let intake = Arc::new(Intake::new(Arc::clone(&identity), tokenizer, engine, health.clone()));
+    let serving =
+        Serving { connections: config.policy.max_connections as usize, grace: Duration::from_secs(args.drain_s) };
+    let intake = IntakeParts {
+        model: Arc::clone(&identity),
+        tokenizer,
+        callers,
+        policy: config.policy,
+        engine,
+        health: health.clone(),
+    };
+    let intake = Arc::new(Intake::new(intake));
     let routes = http::routes(health.clone()).merge(openai::routes(Arc::clone(&intake), chat));
-    let service = InferenceServiceServer::new(Api::new(intake)).max_encoding_message_size(MAX_MESSAGE_BYTES);
-    let fronts = Fronts { grpc, services: Services::default().with(service), http, routes };
+    let service = api::service(intake);
+    let fronts = Fronts { grpc, services: Services::default().with(service), http, serving, routes };
     let presence = Presence { member, member_key, registration, health: health.clone() };
     let presence = AbortOnDropHandle::new(tokio::spawn(presence.keep(states, topology, shutdown.clone())));
-    let grace = Duration::from_secs(args.drain_s);
+    let grace = serving.grace;
     let life = Life { presence, mirror, tasks, connections, engine_thread, shutdown, grace };
     let life = tokio::spawn(life.run(fronts, health.clone()));
     Ok(Running { id: args.id, grpc: grpc_at, http: http_at, health, life: AbortOnDropHandle::new(life) })
@@ -289,6 +307,7 @@ struct Fronts {
     grpc: TcpListener,
     services: Services,
     http: TcpListener,
+    serving: Serving,
     routes: axum::Router,
 }
 
@@ -306,9 +325,9 @@ struct Life {
 impl Life {
     /// Serves until the shutdown, then finishes the requests under way, leaves the cluster and ends.
     async fn run(self, fronts: Fronts, health: Health) -> Result<(), LifeError> {
-        let Fronts { grpc, services, http, routes } = fronts;
+        let Fronts { grpc, services, http, serving, routes } = fronts;
         let reports = AbortOnDropHandle::new(tokio::spawn(services.health().follow(health.subscribe())));
-        let http = http::serve_routes(http, routes, self.shutdown.clone(), self.grace);
+        let http = http::serve_routes(http, routes, self.shutdown.clone(), serving);
         let (served, answered) = tokio::join!(services.serve(grpc, self.shutdown.clone(), self.grace), http);
 
         health.not_ready("stopping");

@@ -2,13 +2,19 @@
 //!
 //! A step computes chunks of several sequences at once, prompts and single tokens mixed. Each row of every matrix is one
 //! token and is computed alone, so a sequence's results do not depend on its batch mates or on how it was cut into chunks.
+//!
+//! A step may come in several batches: while one waits for its experts, another computes its attention.
 
+use std::cell::RefCell;
+use std::time::{Duration, Instant};
+
+use futures::future::try_join_all;
 use sirocco_compute::{PackedMatrix, Pool, Query, Rotary, attend, matmul, rms_norm};
 use sirocco_types::{LayerId, ModelSpec, Routing};
 
 use crate::checkpoint::layer_tensor;
 use crate::gate::route;
-use crate::{BlockTable, Checkpoint, CheckpointError, Experts, ExpertsError, KvCache};
+use crate::{Checkpoint, CheckpointError, Experts, ExpertsError, KvCache};
 
 /// A model without its experts.
 #[derive(Debug)]
@@ -38,23 +44,54 @@ struct Layer {
 /// A sequence's part of a step.
 #[derive(Debug)]
 pub struct SequenceChunk<'a> {
-    /// Where its keys and values are; must have room for all positions up to the chunk's end.
-    pub blocks: &'a BlockTable,
+    /// The blocks of the KV cache that hold its keys and values, by position; enough for all up to the chunk's end.
+    pub blocks: &'a [u32],
     /// Position of the chunk's first token; everything before has been computed.
     pub start: usize,
     /// The chunk's tokens, each below `vocab_size`.
     pub tokens: &'a [u32],
-    /// Whether to compute the logits after its last token.
-    pub wants_logits: bool,
+    /// After which of its tokens to compute logits.
+    pub logits: Logits,
+}
+
+/// After which tokens of a chunk logits are computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Logits {
+    /// After none.
+    None,
+    /// After the last one.
+    Last,
+    /// After each.
+    All,
 }
 
 /// What a step gives.
 #[derive(Clone, Debug)]
 pub struct StepOutput {
-    /// `[vocab_size]` for each chunk that wants logits, in order.
+    /// `[vocab_size]` for each token whose logits are wanted, in order.
     pub logits: Vec<Vec<f32>>,
     /// For each layer, the experts of every token of the step, chunk after chunk.
     pub routing: Vec<Routing>,
+    /// Where its time went.
+    pub times: StepTimes,
+}
+
+/// What a router computed of a step; the rest was waiting for experts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StepTimes {
+    /// Embedding, attention and gates of all layers.
+    pub attention: Duration,
+    /// The output projection.
+    pub logits: Duration,
+}
+
+/// What became of one batch.
+struct BatchOutput {
+    /// `[tokens, hidden]`
+    hidden: Vec<f32>,
+    /// By layer.
+    routing: Vec<Routing>,
+    attention: Duration,
 }
 
 impl Model {
@@ -96,19 +133,50 @@ impl Model {
         layers.chain([&self.embedding]).chain(&self.lm_head).map(PackedMatrix::bytes).sum()
     }
 
-    /// Computes one step and stores its keys and values in `kv`.
+    /// Computes one step, which comes in one or more batches without a sequence in common, and stores its keys and values in
+    /// `kv`.
     pub async fn forward(
         &self,
-        chunks: &[SequenceChunk<'_>],
+        batches: &[&[SequenceChunk<'_>]],
         kv: &mut KvCache,
         experts: &impl Experts,
     ) -> Result<StepOutput, ExpertsError> {
+        // Each batch borrows it only while it computes, never while it waits.
+        let kv = RefCell::new(kv);
+        let outputs = try_join_all(batches.iter().map(|chunks| self.layers(chunks, &kv, experts))).await?;
+        let began = Instant::now();
+        let mut step = StepOutput { logits: Vec::new(), routing: Vec::new(), times: StepTimes::default() };
+        for (chunks, output) in batches.iter().zip(outputs) {
+            step.logits.extend(self.logits(chunks, &output.hidden));
+            step.times.attention += output.attention;
+            if step.routing.is_empty() {
+                step.routing = output.routing;
+                continue;
+            }
+            for (all, own) in step.routing.iter_mut().zip(output.routing) {
+                all.experts.extend(own.experts);
+                all.weights.extend(own.weights);
+            }
+        }
+        step.times.logits = began.elapsed();
+        Ok(step)
+    }
+
+    /// Takes one batch through all layers.
+    async fn layers(
+        &self,
+        chunks: &[SequenceChunk<'_>],
+        kv: &RefCell<&mut KvCache>,
+        experts: &impl Experts,
+    ) -> Result<BatchOutput, ExpertsError> {
+        let mut began = Instant::now();
+        let mut attention = Duration::ZERO;
         let eps = self.spec.rms_norm_eps;
         let mut hidden = Vec::new(); // [tokens, hidden]
         for token in chunks.iter().flat_map(|chunk| chunk.tokens) {
             hidden.extend(self.embedding.row(*token as usize));
         }
-        let positions: Vec<(&BlockTable, usize)> = chunks
+        let positions: Vec<(&[u32], usize)> = chunks
             .iter()
             .flat_map(|chunk| (chunk.start..).take(chunk.tokens.len()).map(|position| (chunk.blocks, position)))
             .collect();
@@ -117,17 +185,19 @@ impl Model {
         let mut routing = Vec::with_capacity(self.layers.len());
         for (layer, id) in self.layers.iter().zip((0..).map(LayerId)) {
             let normed = rms_norm(&hidden, &layer.attention_norm, eps);
-            let attended = self.attention(layer, id, &normed, &positions, &angles, kv);
+            let attended = self.attention(layer, id, &normed, &positions, &angles, &mut kv.borrow_mut());
             add(&mut hidden, &attended);
 
             let normed = rms_norm(&hidden, &layer.experts_norm, eps);
             let gate = self.multiply(&normed, &layer.gate); // [tokens, experts]
             let chosen = route(gate, self.spec.num_local_experts, self.spec.num_experts_per_tok);
+            attention += began.elapsed();
             let combined = experts.forward(id, &normed, &chosen).await?;
+            began = Instant::now();
             add(&mut hidden, &combined);
             routing.push(chosen);
         }
-        Ok(StepOutput { logits: self.logits(chunks, &hidden), routing })
+        Ok(BatchOutput { hidden, routing, attention })
     }
 
     fn attention(
@@ -135,7 +205,7 @@ impl Model {
         layer: &Layer,
         id: LayerId,
         normed: &[f32],
-        positions: &[(&BlockTable, usize)],
+        positions: &[(&[u32], usize)],
         angles: &[Vec<(f32, f32)>],
         kv: &mut KvCache,
     ) -> Vec<f32> {
@@ -150,22 +220,26 @@ impl Model {
             kv.store(id, table, *position, key, &v[index * kv_width..][..kv_width]);
         }
         let queries: Vec<Query> =
-            positions.iter().map(|(table, position)| Query { position: *position, blocks: &table.blocks }).collect();
+            positions.iter().map(|(blocks, position)| Query { position: *position, blocks }).collect();
         let attended = attend(kv.shape(), &q, &queries, kv.layer(id), &self.pool);
         self.multiply(&attended, &layer.o)
     }
 
     fn logits(&self, chunks: &[SequenceChunk<'_>], hidden: &[f32]) -> Vec<Vec<f32>> {
         let width = self.spec.hidden_size;
-        let mut last = Vec::new(); // [wanting, hidden]
+        let mut wanted = Vec::new(); // [wanted, hidden]
         let mut end = 0;
         for chunk in chunks {
+            let start = end;
             end += chunk.tokens.len();
-            if chunk.wants_logits {
-                last.extend_from_slice(&hidden[(end - 1) * width..end * width]);
-            }
+            let from = match chunk.logits {
+                Logits::None => end,
+                Logits::Last => end - 1,
+                Logits::All => start,
+            };
+            wanted.extend_from_slice(&hidden[from * width..end * width]);
         }
-        let normed = rms_norm(&last, &self.norm, self.spec.rms_norm_eps);
+        let normed = rms_norm(&wanted, &self.norm, self.spec.rms_norm_eps);
         let logits = self.multiply(&normed, self.lm_head.as_ref().unwrap_or(&self.embedding));
         logits.chunks_exact(self.spec.vocab_size).map(<[f32]>::to_vec).collect()
     }

@@ -63,7 +63,8 @@ impl Sampler {
         Ok(SampledToken { id, logprob: Some(logprob(id)), top_logprobs })
     }
 
-    fn note(&mut self, id: u32) {
+    /// Takes `id` into the sequence as if it had been drawn.
+    pub fn note(&mut self, id: u32) {
         if let Some(seen) = self.seen.get_mut(id as usize) {
             *seen = true;
         }

@@ -5,7 +5,9 @@ use std::path::PathBuf;
 use futures::executor::block_on;
 use serde_json::Value;
 use sirocco_compute::Pool;
-use sirocco_model::{Checkpoint, Detokenizer, KvCache, LocalExperts, Model, SequenceChunk, StepOutput, Tokenizer};
+use sirocco_model::{
+    Checkpoint, Detokenizer, KvCache, LocalExperts, Logits, Model, SequenceChunk, StepOutput, Tokenizer,
+};
 
 /// How far a logit may be from transformers' own.
 const LOGIT_TOLERANCE: f64 = 1e-3;
@@ -58,12 +60,12 @@ fn assert_close(got: &[f64], want: &[f64], tolerance: f64, what: &str) {
 /// Computes the prompt, then `new` greedy tokens; returns each step.
 fn greedy(setup: &Setup, prompt: &[u32], new: usize) -> (Vec<u32>, Vec<StepOutput>) {
     let mut kv = KvCache::new(setup.checkpoint.spec(), 16);
-    let blocks = kv.allocate(prompt.len() + new).unwrap();
+    let blocks: Vec<u32> = (0..16).collect();
     let mut tokens = prompt.to_vec();
     let (mut start, mut steps) = (0, Vec::new());
     for _ in 0..new {
-        let chunk = SequenceChunk { blocks: &blocks, start, tokens: &tokens[start..], wants_logits: true };
-        let step = block_on(setup.model.forward(&[chunk], &mut kv, &setup.experts)).unwrap();
+        let chunk = SequenceChunk { blocks: &blocks, start, tokens: &tokens[start..], logits: Logits::Last };
+        let step = block_on(setup.model.forward(&[&[chunk]], &mut kv, &setup.experts)).unwrap();
         start = tokens.len();
         tokens.push(top5(&step.logits[0]).0[0]);
         steps.push(step);
@@ -137,18 +139,18 @@ fn another_mixtral_says_what_transformers_says() {
 /// The bits of the logits after the whole prompt, computed in chunks that end at `cuts`.
 fn logits_in_chunks(setup: &Setup, prompt: &[u32], cuts: &[usize], mate: Option<&[u32]>) -> Vec<u32> {
     let mut kv = KvCache::new(setup.checkpoint.spec(), 16);
-    // A few blocks taken first, so that tables differ from run to run.
-    let _taken = kv.allocate(KvCache::BLOCK_TOKENS * cuts.len()).unwrap();
-    let blocks = kv.allocate(prompt.len()).unwrap();
-    let mate = mate.map(|tokens| (kv.allocate(tokens.len()).unwrap(), tokens));
+    // Tables differ from run to run.
+    let mut order: Vec<u32> = (0..16).collect();
+    order.rotate_left(cuts.len());
+    let (blocks, others) = order.split_at(8);
     let mut start = 0;
     for end in cuts.iter().copied().chain([prompt.len()]) {
         let mut chunks = Vec::new();
-        if let Some((blocks, tokens)) = mate.as_ref().filter(|_| start == 0) {
-            chunks.push(SequenceChunk { blocks, start: 0, tokens, wants_logits: false });
+        if let Some(tokens) = mate.filter(|_| start == 0) {
+            chunks.push(SequenceChunk { blocks: others, start: 0, tokens, logits: Logits::None });
         }
-        chunks.push(SequenceChunk { blocks: &blocks, start, tokens: &prompt[start..end], wants_logits: true });
-        let step = block_on(setup.model.forward(&chunks, &mut kv, &setup.experts)).unwrap();
+        chunks.push(SequenceChunk { blocks, start, tokens: &prompt[start..end], logits: Logits::Last });
+        let step = block_on(setup.model.forward(&[&chunks], &mut kv, &setup.experts)).unwrap();
         if end == prompt.len() {
             return step.logits[0].iter().map(|x| x.to_bits()).collect();
         }

@@ -1,15 +1,18 @@
 //! A sequence's bits depend on its own tokens alone: any way of cutting sequences into chunks, batching them and spreading the
-//! work over threads gives what each gives alone in one piece.
+//! work over batches and threads gives what each gives alone in one piece.
 
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::Poll;
 
 use futures::executor::block_on;
 use proptest::prelude::*;
 use safetensors::{SafeTensors, serialize_to_file};
 use serde_json::Value;
 use sirocco_compute::Pool;
-use sirocco_model::{BlockTable, Checkpoint, KvCache, LocalExperts, Model, SequenceChunk};
+use sirocco_model::{Checkpoint, Experts, ExpertsError, KvCache, LocalExperts, Logits, Model, SequenceChunk};
+use sirocco_types::{LayerId, Routing};
 
 const WEIGHTS: &str = "model.safetensors";
 
@@ -52,15 +55,20 @@ static WINDOWED: LazyLock<Setup> = LazyLock::new(|| altered(|config| config["sli
 static ONE_THREAD: LazyLock<Setup> = LazyLock::new(|| open(&tiny(), 1));
 static THREADS: LazyLock<Setup> = LazyLock::new(|| open(&tiny(), 3));
 
+/// Blocks enough for the longest sequence.
+const TABLE: u32 = 5;
+
 /// Computes `sequences` in steps; in step `i`, sequence `s` goes on by `steps[i][s]` tokens, and after the last step by the rest.
+/// Steps whose number is odd come in two batches.
 fn run(setup: &Setup, sequences: &[Vec<u32>], steps: &[Vec<usize>]) -> Results {
     let mut kv = KvCache::new(setup.checkpoint.spec(), 64);
-    let tables: Vec<BlockTable> = sequences.iter().map(|tokens| kv.allocate(tokens.len()).unwrap()).collect();
+    let blocks: Vec<u32> = (0..TABLE * sequences.len() as u32).rev().collect();
+    let tables: Vec<&[u32]> = blocks.chunks(TABLE as usize).collect();
     let layers = setup.checkpoint.spec().num_hidden_layers;
     let mut done = vec![0; sequences.len()];
     let mut results: Results = vec![(Vec::new(), vec![Vec::new(); layers]); sequences.len()];
     let rest = vec![usize::MAX; sequences.len()];
-    for step in steps.iter().chain([&rest]) {
+    for (number, step) in steps.iter().chain([&rest]).enumerate() {
         let mut chunks = Vec::new();
         let mut owners = Vec::new();
         for (s, tokens) in sequences.iter().enumerate() {
@@ -68,8 +76,8 @@ fn run(setup: &Setup, sequences: &[Vec<u32>], steps: &[Vec<usize>]) -> Results {
             if end > done[s] {
                 let (start, tokens) = (done[s], &tokens[done[s]..end]);
                 // Logits in the middle of a prompt are wanted too, by every other sequence.
-                let wants_logits = end == sequences[s].len() || s % 2 == 0;
-                chunks.push(SequenceChunk { blocks: &tables[s], start, tokens, wants_logits });
+                let logits = if end == sequences[s].len() || s % 2 == 0 { Logits::Last } else { Logits::None };
+                chunks.push(SequenceChunk { blocks: tables[s], start, tokens, logits });
                 owners.push(s);
                 done[s] = end;
             }
@@ -77,12 +85,13 @@ fn run(setup: &Setup, sequences: &[Vec<u32>], steps: &[Vec<usize>]) -> Results {
         if chunks.is_empty() {
             continue;
         }
-        let output = block_on(setup.model.forward(&chunks, &mut kv, &setup.experts)).unwrap();
+        let (first, second) = chunks.split_at(if number % 2 == 1 { chunks.len() / 2 } else { 0 });
+        let output = block_on(setup.model.forward(&[first, second], &mut kv, &setup.experts)).unwrap();
         let mut logits = output.logits.iter();
         let mut token = 0;
         for (chunk, owner) in chunks.iter().zip(owners) {
             let (last, routing) = &mut results[owner];
-            if chunk.wants_logits {
+            if chunk.logits == Logits::Last {
                 *last = logits.next().unwrap().iter().map(|x| x.to_bits()).collect();
             }
             for (routing, layer) in routing.iter_mut().zip(&output.routing) {
@@ -135,15 +144,56 @@ fn tied_embeddings_serve_as_the_output_projection() {
 }
 
 #[test]
-fn a_full_cache_refuses_and_takes_again_what_comes_back() {
-    let spec = ONE_THREAD.checkpoint.spec();
-    let mut kv = KvCache::new(spec, 4);
-    let (first, second) = (kv.allocate(17).unwrap(), kv.allocate(KvCache::BLOCK_TOKENS).unwrap());
-    let refusal = kv.allocate(17).unwrap_err().to_string();
-    assert_eq!(refusal, "2 blocks of KV cache are needed, 1 are free");
-    kv.release(second);
-    let third = kv.allocate(17).unwrap();
-    kv.release(first);
-    kv.release(third);
-    assert!(kv.allocate(4 * KvCache::BLOCK_TOKENS).is_ok());
+fn a_copied_block_goes_on_as_the_block_it_was_copied_from() {
+    let Setup { checkpoint, model, experts } = &*ONE_THREAD;
+    let tokens: Vec<u32> = (0..40).map(|i| (i * 37 + 11) % 256).collect();
+    let mut kv = KvCache::new(checkpoint.spec(), 6);
+    let compute = |kv: &mut KvCache, blocks: &[u32], from: usize| {
+        let chunk = SequenceChunk { blocks, start: from, tokens: &tokens[from..], logits: Logits::All };
+        block_on(model.forward(&[&[chunk]], kv, experts)).unwrap().logits
+    };
+    let whole = compute(&mut kv, &[0, 1, 2], 0);
+    assert_eq!(whole.len(), tokens.len());
+    kv.copy(1, 4);
+    assert_eq!(compute(&mut kv, &[0, 4, 5], 25), whole[25..]);
+}
+
+/// Experts that take a while, and how many batches wait for them at once.
+struct Distant<'a> {
+    experts: &'a LocalExperts,
+    waiting: AtomicUsize,
+    most: AtomicUsize,
+}
+
+impl Experts for Distant<'_> {
+    async fn forward(&self, layer: LayerId, hidden: &[f32], routing: &Routing) -> Result<Vec<f32>, ExpertsError> {
+        self.most.fetch_max(self.waiting.fetch_add(1, Ordering::Relaxed) + 1, Ordering::Relaxed);
+        let mut asked = false;
+        std::future::poll_fn(|context| {
+            context.waker().wake_by_ref();
+            if std::mem::replace(&mut asked, true) { Poll::Ready(()) } else { Poll::Pending }
+        })
+        .await;
+        self.waiting.fetch_sub(1, Ordering::Relaxed);
+        self.experts.forward(layer, hidden, routing).await
+    }
+}
+
+#[test]
+fn while_one_batch_waits_for_its_experts_another_goes_on() {
+    let Setup { checkpoint, model, experts } = &*ONE_THREAD;
+    let run = |together: bool| {
+        let experts = Distant { experts, waiting: AtomicUsize::new(0), most: AtomicUsize::new(0) };
+        let mut kv = KvCache::new(checkpoint.spec(), 2);
+        let chunk =
+            |block: &'static [u32]| SequenceChunk { blocks: block, start: 0, tokens: &[1, 2], logits: Logits::Last };
+        let chunks = [chunk(&[0]), chunk(&[1])];
+        let (first, second) = chunks.split_at(1);
+        let batches: &[&[SequenceChunk]] = if together { &[&chunks] } else { &[first, second] };
+        let output = block_on(model.forward(batches, &mut kv, &experts)).unwrap();
+        (output.logits, experts.most.into_inner())
+    };
+    let (one, two) = (run(true), run(false));
+    assert_eq!((one.1, two.1), (1, 2));
+    assert_eq!(one.0, two.0);
 }

@@ -1,8 +1,9 @@
-//! How urgent a request is beside others.
+//! How much of an engine a request gets beside others.
 
 use serde::{Deserialize, Serialize};
 
-/// How urgent a request is; later variants go first.
+/// How much of an engine a request gets beside others: each priority has four times the share of the one below. It decides no byte
+/// of the answer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Priority {
@@ -11,6 +12,6 @@ pub enum Priority {
     /// What a request has unless it says otherwise.
     #[default]
     Normal,
-    /// Before all others.
+    /// Work that somebody waits for.
     High,
 }

@@ -163,6 +163,8 @@ pub enum FinishReason {
 pub struct Usage {
     /// In the prompt.
     pub prompt_tokens: u32,
+    /// Of those, tokens that were still in the KV cache from earlier requests.
+    pub cached_tokens: u32,
     /// Generated.
     pub completion_tokens: u32,
 }

@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 
 use sirocco_types::Priority;
 
-use super::ClientId;
 use super::bucket::Bucket;
 use super::keys::Limits;
+use crate::scheduler::{ClientId, Flow};
 
 /// After how long a caller may try again when all its places are taken: when one becomes free is not known.
 const RETRY_PLACES: Duration = Duration::from_secs(1);
@@ -20,7 +20,7 @@ pub(crate) struct Caller {
     /// For logs.
     pub(crate) name: String,
     /// For the engine's fairness.
-    pub(crate) client: ClientId,
+    pub(super) client: ClientId,
     pub(super) limits: Limits,
     pub(super) max_priority: Priority,
     /// Survives a change of the limits.
@@ -92,9 +92,9 @@ impl Caller {
         Ok(Arc::new(Admission { caller: Arc::clone(self) }))
     }
 
-    /// `wanted`, as far as the caller may.
-    pub(crate) fn priority(&self, wanted: Priority) -> Priority {
-        wanted.min(self.max_priority)
+    /// Where a request that wants `priority` stands in the engine; nobody goes above what they may.
+    pub(crate) fn flow(&self, priority: Priority) -> Flow {
+        Flow { client: self.client, priority: priority.min(self.max_priority) }
     }
 
     /// The limited rates.
@@ -205,7 +205,7 @@ mod tests {
     fn nobody_goes_above_their_priority() {
         let caller = caller(0, 0, 0);
         for (wanted, given) in [(Priority::High, Priority::Normal), (Priority::Low, Priority::Low)] {
-            assert_eq!(caller.priority(wanted), given);
+            assert_eq!(caller.flow(wanted), Flow { client: ClientId(1), priority: given });
         }
     }
 }

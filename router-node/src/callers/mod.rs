@@ -19,15 +19,13 @@ use sirocco_types::Priority;
 use subtle::{Choice, ConditionallySelectable as _, ConstantTimeEq as _};
 use tokio::sync::watch;
 
-pub(crate) use caller::{Admission, Caller, Limited, Rate};
 use caller::Usage;
+pub(crate) use caller::{Admission, Caller, Limited, Rate};
 use keys::{Entry, Limits};
-pub(crate) use reload::Reload;
 pub use reload::OpenError;
+pub(crate) use reload::Reload;
 
-/// Tells callers apart for the engine.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct ClientId(pub(crate) u64);
+use crate::scheduler::ClientId;
 
 /// Everybody who may call.
 #[derive(Clone, Debug)]
@@ -81,7 +79,7 @@ fn find(known: &[Known], authorization: Option<&[u8]>, now: Timestamp) -> Result
     let hash = keys::hash(key);
     let mut found = u64::MAX;
     for (index, known) in (0..).zip(known) {
-        let equal: Choice = known.entry.hash.ct_eq(&hash);
+        let equal: Choice = known.entry.hash[..].ct_eq(&hash[..]);
         found.conditional_assign(&index, equal);
     }
     let found = usize::try_from(found).ok().and_then(|index| known.get(index)).ok_or(Unidentified::UnknownKey)?;
@@ -114,8 +112,7 @@ fn known(entries: Vec<Entry>, old: &[Known]) -> Vec<Known> {
             client: client_id("name", &entry.name),
             limits: entry.limits,
             max_priority: entry.max_priority,
-            usage: before
-                .map_or_else(|| Arc::new(Usage::new(Instant::now())), |known| Arc::clone(&known.caller.usage)),
+            usage: before.map_or_else(|| Arc::new(Usage::new(Instant::now())), |known| Arc::clone(&known.caller.usage)),
         };
         Known { entry, caller: Arc::new(caller) }
     };
@@ -136,7 +133,8 @@ mod tests {
 
     fn file(names: &[&str], more: &str) -> (Vec<String>, String) {
         let keys: Vec<NewKey> = names.iter().map(|_| NewKey::generate().unwrap()).collect();
-        let entry = |(name, key): (&&str, &NewKey)| format!("[[key]]\nname = \"{name}\"\nhash = \"{}\"\n{more}\n", key.hash);
+        let entry =
+            |(name, key): (&&str, &NewKey)| format!("[[key]]\nname = \"{name}\"\nhash = \"{}\"\n{more}\n", key.hash);
         let text = names.iter().zip(&keys).map(entry).collect();
         (keys.into_iter().map(|key| key.secret).collect(), text)
     }
@@ -145,7 +143,8 @@ mod tests {
     fn a_key_is_known_by_its_header_alone() {
         let (secrets, text) = file(&["ada", "bob"], "");
         let known = known(keys::parse(&text).unwrap(), &[]);
-        let ask = |header: &str| find(&known, Some(header.as_bytes()), Timestamp::now()).map(|caller| caller.name.clone());
+        let ask =
+            |header: &str| find(&known, Some(header.as_bytes()), Timestamp::now()).map(|caller| caller.name.clone());
         for (secret, name) in secrets.iter().zip(["ada", "bob"]) {
             for scheme in ["Bearer ", "bearer ", "Bearer  "] {
                 assert_eq!(ask(&format!("{scheme}{secret}")).as_deref(), Ok(name));

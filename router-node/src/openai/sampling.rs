@@ -10,8 +10,6 @@ use super::body::Fields;
 use super::choice::Kind;
 use super::problem::Problem;
 
-/// Most choices of one request: prompts times `n`.
-pub(super) const CHOICES: usize = 16;
 /// Tokens of a completion when the request says nothing, as OpenAI documents it. A chat may then fill the context.
 const COMPLETION_TOKENS: u32 = 16;
 
@@ -38,11 +36,11 @@ impl Drawing {
     }
 }
 
-/// Reads and checks everything about drawing in `fields`.
-pub(super) fn drawing(kind: Kind, fields: &Fields) -> Result<Drawing, Problem> {
+/// Reads and checks everything about drawing in `fields`; there may be as many as `choices`.
+pub(super) fn drawing(kind: Kind, fields: &Fields, choices: u32) -> Result<Drawing, Problem> {
     let n = fields.n.unwrap_or(1) as usize;
-    if n == 0 || n > CHOICES {
-        return Err(Problem::invalid("n", format!("{n}, must be from 1 to {CHOICES}")));
+    if n == 0 || n > choices as usize {
+        return Err(Problem::invalid("n", format!("{n}, must be from 1 to {choices}")));
     }
     if fields.best_of.is_some_and(|best_of| best_of as usize != n) {
         return Err(Problem::invalid("best_of", format!("not supported unless it equals n, {n}")));
@@ -150,7 +148,7 @@ mod tests {
     use super::*;
 
     fn read(kind: Kind, json: Value) -> Result<Drawing, Problem> {
-        drawing(kind, &serde_json::from_value(json).unwrap())
+        drawing(kind, &serde_json::from_value(json).unwrap(), 16)
     }
 
     #[test]

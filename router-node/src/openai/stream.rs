@@ -60,9 +60,7 @@ impl Sending {
     }
 
     fn take(&mut self, index: usize, event: Event) {
-        if let Event::Finished(finished) = &event {
-            self.call.usage.completion_tokens += finished.usage.completion_tokens;
-        }
+        self.call.count(&event);
         let mut piece = Piece::default();
         piece.add(event);
         let choice = &mut self.call.choices[index];
@@ -108,7 +106,7 @@ mod tests {
     }
 
     fn finished(text: &str) -> Event {
-        let usage = Usage { prompt_tokens: 3, completion_tokens: 2 };
+        let usage = Usage { prompt_tokens: 3, cached_tokens: 1, completion_tokens: 2 };
         Event::Finished(Finished { reason: FinishReason::Stop, usage, timings: Timings::default(), text: text.into() })
     }
 
@@ -122,7 +120,7 @@ mod tests {
             report: report.clone(),
             choices: vec![Choice::new(report, 0, vec![1, 2, 3], String::new())],
             events: Box::pin(stream::select_all([events]).peekable()),
-            usage: Usage { prompt_tokens: 3, completion_tokens: 0 },
+            usage: Usage { prompt_tokens: 3, ..Usage::default() },
             include_usage: true,
         };
         let body = axum::body::to_bytes(sse(call).into_body(), usize::MAX).await.unwrap();
@@ -144,7 +142,10 @@ mod tests {
         assert_eq!(json(&frames[0])["usage"], Value::Null);
         let last = json!({"index": 0, "text": "c", "logprobs": null, "finish_reason": "stop"});
         assert_eq!(json(&frames[1])["choices"][0], last);
-        assert_eq!(json(&frames[2])["usage"], json!({"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}));
+        let usage = json!({
+            "prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5, "prompt_tokens_details": {"cached_tokens": 1},
+        });
+        assert_eq!(json(&frames[2])["usage"], usage);
         assert_eq!(json(&frames[2])["choices"], json!([]));
         assert_eq!(frames[3], "[DONE]");
     }

@@ -3,7 +3,7 @@
 use futures::executor::block_on;
 use serde_json::Value;
 use sirocco_compute::Pool;
-use sirocco_model::{Checkpoint, KvCache, LocalExperts, Model, SequenceChunk};
+use sirocco_model::{Checkpoint, KvCache, LocalExperts, Logits, Model, SequenceChunk};
 use sirocco_proto::channel::{self, MAX_MESSAGE_BYTES};
 use sirocco_proto::inference::InferenceServiceClient;
 use sirocco_proto::tonic::Status;
@@ -128,12 +128,12 @@ impl Local {
     /// The same as [`generate`] for a greedy request, without text.
     pub(crate) fn generate(&self, prompt: &[u32], max_tokens: usize) -> Traced {
         let mut kv = KvCache::new(self.checkpoint.spec(), 16);
-        let blocks = kv.allocate(prompt.len() + max_tokens).unwrap();
+        let blocks: Vec<u32> = (0..16).collect();
         let mut tokens = prompt.to_vec();
         let (mut start, mut traced) = (0, Traced::default());
         for _ in 0..max_tokens {
-            let chunk = SequenceChunk { blocks: &blocks, start, tokens: &tokens[start..], wants_logits: true };
-            let step = block_on(self.model.forward(&[chunk], &mut kv, &self.experts)).unwrap();
+            let chunk = SequenceChunk { blocks: &blocks, start, tokens: &tokens[start..], logits: Logits::Last };
+            let step = block_on(self.model.forward(&[&[chunk]], &mut kv, &self.experts)).unwrap();
             let logits = &step.logits[0];
             let best = (0..logits.len()).fold(0, |best, id| if logits[id] > logits[best] { id } else { best });
             start = tokens.len();

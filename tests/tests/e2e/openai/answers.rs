@@ -48,7 +48,10 @@ async fn goldens_come_whole_streamed_and_over_grpc_alike() {
             assert_eq!(whole["choices"][0]["prompt_token_ids"], json!(golden.input_ids));
             assert_eq!(whole["choices"][0]["finish_reason"], "length");
             let (prompt_tokens, total) = (golden.input_ids.len(), golden.input_ids.len() + count);
-            let usage = json!({"prompt_tokens": prompt_tokens, "completion_tokens": count, "total_tokens": total});
+            // All but the last token, from the request over gRPC.
+            let details = json!({"cached_tokens": prompt_tokens - 1});
+            let usage = json!({"prompt_tokens": prompt_tokens, "completion_tokens": count, "total_tokens": total,
+                               "prompt_tokens_details": details});
             assert_eq!(whole["usage"], usage);
             let pieces = post(&http, COMPLETIONS, &with(body, &json!({"stream": true}))).pieces();
             assert_eq!(joined(&pieces, 0), (ids.clone(), golden.greedy_text.clone()));

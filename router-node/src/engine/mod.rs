@@ -1,24 +1,28 @@
 //! The engine: one thread that owns the model, the KV cache and every running sequence, and computes step after step.
 //!
-//! Requests wait in a bounded queue until their first step, and events go out over one channel each. A sequence whose client is gone leaves before
-//! the next step. It computes on its own thread and its pool, never on the I/O runtime; waiting for experts is its only await.
+//! Requests wait in a bounded queue until their first step, and events go out over one channel each. A sequence whose client is
+//! gone leaves before the next step. It computes on its own thread and its pool, never on the I/O runtime; waiting for experts
+//! is its only await.
+
+mod overlap;
+mod sequence;
+#[cfg(test)]
+mod tests;
 
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use sirocco_model::{
-    BlockTable, Detokenizer, Experts, ExpertsError, KvCache, Model, Sampler, SequenceChunk, StepOutput, StopMatcher,
-    Tokenizer,
-};
-use sirocco_proto::inference::{Event, Finished, Token, Trace};
-use sirocco_types::{FinishReason, Routing, SamplingParams, Timings, Usage};
+use sirocco_model::{Experts, ExpertsError, KvCache, Logits, Model, SequenceChunk, StepOutput, Tokenizer};
+use sirocco_proto::inference::{Event, Trace};
+use sirocco_types::SamplingParams;
 use tokio::runtime::Handle;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 
 use crate::deadline::Overdue;
-use crate::scheduler::{Chunk, Limits, Scheduler, SequenceId, TooLarge};
+use crate::scheduler::{Chunk, Counts, Flow, Limits, Scheduler, SequenceId, Step, Submission, TooLarge};
+use sequence::Sequence;
 
 /// What the engine is made of.
 pub(crate) struct Parts<E> {
@@ -39,14 +43,20 @@ pub(crate) struct EngineLimits {
     pub(crate) step_tokens: usize,
     /// Blocks of the KV cache.
     pub(crate) kv_blocks: usize,
+    /// Rows that each expert has on average at least in each half of a step that is computed in two; 0 cuts none.
+    pub(crate) overlap_rows: usize,
 }
 
 /// A checked request on its way to the engine.
 #[derive(Debug)]
 pub(crate) struct Request {
     pub(crate) id: String,
+    /// Whose it is, and how urgent.
+    pub(crate) flow: Flow,
     /// At least one token, each in the vocabulary, fewer than the model's context.
     pub(crate) prompt: Vec<u32>,
+    /// The completion's first tokens, when another router generated them; fewer than `max_tokens`.
+    pub(crate) generated: Vec<u32>,
     /// With `max_tokens` such that prompt and completion fit the model's context.
     pub(crate) sampling: SamplingParams,
     pub(crate) trace: Trace,
@@ -89,6 +99,7 @@ pub(crate) struct Engine {
     /// The queue's free places.
     places: Arc<Semaphore>,
     queue: usize,
+    counts: watch::Receiver<Counts>,
 }
 
 /// A request and its place in the queue, which it gives up at its first step.
@@ -106,10 +117,16 @@ impl Engine {
     ) -> std::io::Result<(Self, JoinHandle<()>)> {
         let queue = parts.limits.queue;
         let (requests, incoming) = mpsc::channel(queue);
-        let thread = std::thread::Builder::new()
-            .name("engine".into())
-            .spawn(move || EngineThread::new(parts, runtime).run(incoming))?;
-        Ok((Self { requests, places: Arc::new(Semaphore::new(queue)), queue }, thread))
+        let engine = EngineThread::new(parts, runtime);
+        let counts = engine.counts.subscribe();
+        let thread = std::thread::Builder::new().name("engine".into()).spawn(move || engine.run(incoming))?;
+        Ok((Self { requests, places: Arc::new(Semaphore::new(queue)), queue, counts }, thread))
+    }
+
+    /// What the engine holds as of its last step.
+    #[cfg_attr(not(test), expect(dead_code, reason = "what metrics will show"))]
+    pub(crate) fn counts(&self) -> Counts {
+        *self.counts.borrow()
     }
 
     /// Hands over requests, at once and all of them or none.
@@ -138,26 +155,10 @@ struct EngineThread<E> {
     runtime: Handle,
     kv: KvCache,
     scheduler: Scheduler,
+    counts: watch::Sender<Counts>,
+    overlap_rows: usize,
     sequences: HashMap<SequenceId, Sequence>,
     next_id: u64,
-}
-
-/// A request in the engine.
-struct Sequence {
-    request: Request,
-    /// Its place in the queue, until its first step.
-    place: Option<OwnedSemaphorePermit>,
-    /// The prompt and what was generated.
-    tokens: Vec<u32>,
-    /// Its part of the KV cache, from its first step on.
-    blocks: Option<BlockTable>,
-    sampler: Sampler,
-    detokenizer: Detokenizer,
-    stops: StopMatcher,
-    /// Routing since the last token, by layer, when traced.
-    routing: Vec<Routing>,
-    started: Option<Instant>,
-    first_token: Option<Instant>,
 }
 
 impl<E: Experts> EngineThread<E> {
@@ -170,12 +171,16 @@ impl<E: Experts> EngineThread<E> {
             kv_blocks: limits.kv_blocks,
             block_tokens: KvCache::BLOCK_TOKENS,
         });
-        Self { model, tokenizer, experts, runtime, kv, scheduler, sequences: HashMap::new(), next_id: 0 }
+        let overlap_rows = limits.overlap_rows;
+        let counts = watch::Sender::new(scheduler.counts());
+        let sequences = HashMap::new();
+        Self { model, tokenizer, experts, runtime, kv, scheduler, counts, overlap_rows, sequences, next_id: 0 }
     }
 
     fn run(mut self, mut incoming: mpsc::Receiver<Waiting>) {
         loop {
             if self.scheduler.is_idle() {
+                self.counts.send_replace(self.scheduler.counts());
                 match incoming.blocking_recv() {
                     Some(waiting) => self.accept(waiting),
                     None => return,
@@ -185,9 +190,10 @@ impl<E: Experts> EngineThread<E> {
                 self.accept(waiting);
             }
             self.drop_abandoned();
-            let chunks = self.scheduler.schedule();
-            if !chunks.is_empty() {
-                self.step(&chunks);
+            let step = self.scheduler.schedule();
+            self.counts.send_replace(self.scheduler.counts());
+            if !step.chunks.is_empty() {
+                self.step(&step);
             }
         }
     }
@@ -196,24 +202,22 @@ impl<E: Experts> EngineThread<E> {
         let Waiting { request, place } = waiting;
         let id = SequenceId(self.next_id);
         self.next_id += 1;
-        let submitted = self.scheduler.submit(id, request.prompt.len(), request.sampling.max_tokens as usize);
-        if let Err(error) = submitted {
-            send(&request.events, Err(error.into()));
+        let mut sequence = Sequence::new(request, place, self.model.spec().vocab_size);
+        if !sequence.resume(&self.tokenizer, &self.model.spec().eos_token_ids) {
             return;
         }
-        let sequence = Sequence {
-            tokens: request.prompt.clone(),
-            blocks: None,
-            sampler: Sampler::new(request.sampling.clone(), self.model.spec().vocab_size, &request.prompt),
-            detokenizer: Detokenizer::default(),
-            stops: StopMatcher::new(request.sampling.stop.clone()),
-            routing: Vec::new(),
-            started: None,
-            first_token: None,
-            place,
-            request,
+        let submission = Submission {
+            id,
+            flow: sequence.request.flow,
+            tokens: [sequence.request.prompt.as_slice(), &sequence.request.generated].concat(),
+            max_new: sequence.request.sampling.max_tokens as usize - sequence.request.generated.len(),
+            // What is taken from the cache is not routed again.
+            reuse: !sequence.request.trace.routing,
         };
-        self.sequences.insert(id, sequence);
+        match self.scheduler.submit(submission) {
+            Ok(()) => drop(self.sequences.insert(id, sequence)),
+            Err(error) => send(&sequence.request.events, Err(error.into())),
+        }
     }
 
     /// Forgets sequences whose clients are gone.
@@ -229,11 +233,7 @@ impl<E: Experts> EngineThread<E> {
 
     fn remove(&mut self, id: SequenceId) -> Option<Sequence> {
         self.scheduler.remove(id);
-        let mut sequence = self.sequences.remove(&id)?;
-        if let Some(blocks) = sequence.blocks.take() {
-            self.kv.release(blocks);
-        }
-        Some(sequence)
+        self.sequences.remove(&id)
     }
 
     fn fail(&mut self, id: SequenceId, error: GenerateError) {
@@ -243,39 +243,39 @@ impl<E: Experts> EngineThread<E> {
         }
     }
 
-    fn step(&mut self, chunks: &[Chunk]) {
+    fn step(&mut self, step: &Step) {
         let now = Instant::now();
-        for chunk in chunks {
-            let sequence = self.sequences.get_mut(&chunk.id).expect("the scheduler runs only what was submitted");
-            sequence.started.get_or_insert(now);
-            sequence.place = None;
-            if sequence.blocks.is_none() {
-                let most = sequence.tokens.len() + sequence.request.sampling.max_tokens as usize;
-                let blocks = self.kv.allocate(most);
-                sequence.blocks = Some(blocks.expect("the scheduler admits only what the cache has room for"));
-            }
+        for &(from, to) in &step.copies {
+            self.kv.copy(from, to);
         }
-        let batch: Vec<SequenceChunk> = chunks
+        for chunk in &step.chunks {
+            let sequence = self.sequences.get_mut(&chunk.id).expect("the scheduler runs only what was submitted");
+            sequence.begin(now, self.scheduler.found(chunk.id));
+        }
+        let batch: Vec<SequenceChunk> = step
+            .chunks
             .iter()
-            .map(|chunk| {
-                let sequence = &self.sequences[&chunk.id];
-                SequenceChunk {
-                    blocks: sequence.blocks.as_ref().expect("it was just allocated"),
-                    start: chunk.start,
-                    tokens: &sequence.tokens[chunk.start..chunk.start + chunk.len],
-                    wants_logits: chunk.samples,
-                }
+            .map(|chunk| SequenceChunk {
+                blocks: self.scheduler.table(chunk.id),
+                start: chunk.start,
+                tokens: &self.scheduler.tokens(chunk.id)[chunk.start..chunk.start + chunk.len],
+                logits: if chunk.samples { Logits::Last } else { Logits::None },
             })
             .collect();
-        let forward = self.model.forward(&batch, &mut self.kv, &self.experts);
+        let (first, second) = batch.split_at(overlap::cut(&step.chunks, self.model.spec(), self.overlap_rows));
+        let batches: &[&[SequenceChunk]] = if second.is_empty() { &[first] } else { &[first, second] };
+        let forward = self.model.forward(batches, &mut self.kv, &self.experts);
         match self.runtime.block_on(forward) {
-            Ok(output) => self.commit(chunks, output),
+            Ok(output) => {
+                self.scheduler.finish(step);
+                self.commit(&step.chunks, output);
+            }
             Err(error) => {
                 let error = match error {
                     ExpertsError::Unavailable(problem) => GenerateError::Unavailable(problem),
                     ExpertsError::Internal(problem) => GenerateError::Internal(problem),
                 };
-                for chunk in chunks {
+                for chunk in &step.chunks {
                     self.fail(chunk.id, error.clone());
                 }
             }
@@ -289,7 +289,7 @@ impl<E: Experts> EngineThread<E> {
         for chunk in chunks {
             let sequence = self.sequences.get_mut(&chunk.id).expect("nothing was removed during the step");
             if sequence.request.trace.routing {
-                sequence.note_routing(&output.routing, row, chunk.len);
+                sequence.note_routing(&output.routing, row, chunk);
             }
             row += chunk.len;
             if !chunk.samples {
@@ -297,92 +297,11 @@ impl<E: Experts> EngineThread<E> {
             }
             let logits = logits.next().expect("one for each chunk that samples");
             match sequence.advance(logits, &self.tokenizer, &self.model.spec().eos_token_ids) {
-                Ok(true) => self.scheduler.grew(chunk.id),
-                Ok(false) => drop(self.remove(chunk.id)),
+                Ok(Some(token)) => self.scheduler.grew(chunk.id, token),
+                Ok(None) => drop(self.remove(chunk.id)),
                 Err(error) => self.fail(chunk.id, error),
             }
         }
-    }
-}
-
-impl Sequence {
-    /// Samples the next token and tells the client. Returns whether the sequence goes on.
-    fn advance(&mut self, logits: Vec<f32>, tokenizer: &Tokenizer, eos: &[u32]) -> Result<bool, GenerateError> {
-        let index = (self.tokens.len() - self.request.prompt.len()) as u32;
-        let sampled =
-            self.sampler.sample(index, &logits).map_err(|error| GenerateError::Internal(error.to_string()))?;
-        self.first_token.get_or_insert_with(Instant::now);
-        self.tokens.push(sampled.id);
-
-        let ended = !self.request.sampling.ignore_eos && eos.contains(&sampled.id);
-        let piece = if ended { String::new() } else { self.detokenizer.push(sampled.id, tokenizer) };
-        let (text, stopped) = self.stops.push(&piece);
-        let top = sampled.top_logprobs.into_iter();
-        let routing = std::mem::take(&mut self.routing);
-        self.send(Event::Token(Token {
-            index,
-            id: sampled.id,
-            text,
-            logprob: sampled.logprob,
-            top_logprobs: top.map(|(id, logprob)| (id, logprob, tokenizer.token_text(id))).collect(),
-            logits: if self.request.trace.logits { logits } else { Vec::new() },
-            routing,
-        }));
-        let reason = if ended || stopped {
-            FinishReason::Stop
-        } else if index + 1 == self.request.sampling.max_tokens {
-            FinishReason::Length
-        } else {
-            return Ok(true);
-        };
-        self.finish(reason, stopped, tokenizer);
-        Ok(false)
-    }
-
-    /// Tells the client that and why the sequence has ended.
-    fn finish(&mut self, reason: FinishReason, stopped: bool, tokenizer: &Tokenizer) {
-        let mut text = String::new();
-        if !stopped {
-            let rest = std::mem::take(&mut self.detokenizer).finish(tokenizer);
-            let (shown, cut) = self.stops.push(&rest);
-            text = shown;
-            if !cut {
-                text += &std::mem::take(&mut self.stops).finish();
-            }
-        }
-        let since = |instant: Option<Instant>| {
-            let elapsed = instant.unwrap_or_else(Instant::now).duration_since(self.request.arrived);
-            elapsed.as_secs_f64() * 1e3
-        };
-        self.send(Event::Finished(Finished {
-            reason,
-            usage: Usage {
-                prompt_tokens: self.request.prompt.len() as u32,
-                completion_tokens: (self.tokens.len() - self.request.prompt.len()) as u32,
-            },
-            timings: Timings {
-                queue_ms: since(self.started),
-                first_token_ms: since(self.first_token),
-                total_ms: since(None),
-            },
-            text,
-        }));
-    }
-
-    /// Keeps the experts of `len` rows of a step from `row` on.
-    fn note_routing(&mut self, step: &[Routing], row: usize, len: usize) {
-        if self.routing.is_empty() {
-            self.routing = step.iter().map(|layer| Routing::new(layer.top_k)).collect();
-        }
-        for (kept, layer) in self.routing.iter_mut().zip(step) {
-            let range = row * layer.top_k..(row + len) * layer.top_k;
-            kept.experts.extend_from_slice(&layer.experts[range.clone()]);
-            kept.weights.extend_from_slice(&layer.weights[range]);
-        }
-    }
-
-    fn send(&self, event: Event) {
-        send(&self.request.events, Ok(event));
     }
 }
 

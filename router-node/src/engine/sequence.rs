@@ -1,0 +1,181 @@
+//! A request in the engine: draws its tokens, turns them into text, ends it, and tells its client. Never computes a step.
+
+use std::time::Instant;
+
+use sirocco_model::{Detokenizer, Sampler, StopMatcher, Tokenizer};
+use sirocco_proto::inference::{Event, Finished, Token};
+use sirocco_types::{FinishReason, Routing, Timings, Usage};
+use tokio::sync::OwnedSemaphorePermit;
+
+use super::{GenerateError, Request};
+use crate::scheduler::Chunk;
+
+pub(super) struct Sequence {
+    pub(super) request: Request,
+    /// Its place in the queue, until its first step.
+    place: Option<OwnedSemaphorePermit>,
+    /// Tokens of the completion so far.
+    generated: u32,
+    sampler: Sampler,
+    detokenizer: Detokenizer,
+    stops: StopMatcher,
+    /// Routing since the last token, by layer, when traced.
+    routing: Vec<Routing>,
+    /// Positions whose routing was noted.
+    routed: usize,
+    /// Tokens that did not have to be computed.
+    found: usize,
+    started: Option<Instant>,
+    first_token: Option<Instant>,
+}
+
+impl Sequence {
+    pub(super) fn new(request: Request, place: Option<OwnedSemaphorePermit>, vocab_size: usize) -> Self {
+        Self {
+            sampler: Sampler::new(request.sampling.clone(), vocab_size, &request.prompt),
+            detokenizer: Detokenizer::default(),
+            stops: StopMatcher::new(request.sampling.stop.clone()),
+            generated: 0,
+            routing: Vec::new(),
+            routed: 0,
+            found: 0,
+            started: None,
+            first_token: None,
+            place,
+            request,
+        }
+    }
+
+    /// Goes over the tokens that were generated elsewhere, whose text the client has. Returns whether there is more to generate;
+    /// if not, the client is told.
+    pub(super) fn resume(&mut self, tokenizer: &Tokenizer, eos: &[u32]) -> bool {
+        for id in std::mem::take(&mut self.request.generated) {
+            self.sampler.note(id);
+            self.request.generated.push(id);
+            let (_, end) = self.take_in(id, tokenizer, eos);
+            if let Some(end) = end {
+                self.finish(end, tokenizer);
+                return false;
+            }
+        }
+        true
+    }
+
+    /// A step at `now` has it, for which `found` tokens need not be computed.
+    pub(super) fn begin(&mut self, now: Instant, found: usize) {
+        if self.started.is_none() {
+            self.started = Some(now);
+            self.found = found.min(self.request.prompt.len());
+        }
+        self.place = None;
+    }
+
+    /// Samples the next token and tells the client. Returns the token if the sequence goes on.
+    pub(super) fn advance(
+        &mut self,
+        logits: Vec<f32>,
+        tokenizer: &Tokenizer,
+        eos: &[u32],
+    ) -> Result<Option<u32>, GenerateError> {
+        let index = self.generated;
+        let sampled =
+            self.sampler.sample(index, &logits).map_err(|error| GenerateError::Internal(error.to_string()))?;
+        self.first_token.get_or_insert_with(Instant::now);
+        let (text, end) = self.take_in(sampled.id, tokenizer, eos);
+        let top = sampled.top_logprobs.into_iter();
+        let routing = std::mem::take(&mut self.routing);
+        self.send(Event::Token(Token {
+            index,
+            id: sampled.id,
+            text,
+            logprob: sampled.logprob,
+            top_logprobs: top.map(|(id, logprob)| (id, logprob, tokenizer.token_text(id))).collect(),
+            logits: if self.request.trace.logits { logits } else { Vec::new() },
+            routing,
+        }));
+        match end {
+            None => Ok(Some(sampled.id)),
+            Some(end) => {
+                self.finish(end, tokenizer);
+                Ok(None)
+            }
+        }
+    }
+
+    /// Takes the next token into the completion. Returns the text it adds, and how the completion ends with it, if it does.
+    fn take_in(&mut self, id: u32, tokenizer: &Tokenizer, eos: &[u32]) -> (String, Option<End>) {
+        self.generated += 1;
+        let ended = !self.request.sampling.ignore_eos && eos.contains(&id);
+        let piece = if ended { String::new() } else { self.detokenizer.push(id, tokenizer) };
+        let (text, stopped) = self.stops.push(&piece);
+        let end = if stopped {
+            Some(End::StopString)
+        } else if ended {
+            Some(End::Token)
+        } else if self.generated >= self.request.sampling.max_tokens {
+            Some(End::Length)
+        } else {
+            None
+        };
+        (text, end)
+    }
+
+    /// Tells the client that and why the sequence has ended.
+    fn finish(&mut self, end: End, tokenizer: &Tokenizer) {
+        let mut text = String::new();
+        if end != End::StopString {
+            let rest = std::mem::take(&mut self.detokenizer).finish(tokenizer);
+            let (shown, cut) = self.stops.push(&rest);
+            text = shown;
+            if !cut {
+                text += &std::mem::take(&mut self.stops).finish();
+            }
+        }
+        let since = |instant: Option<Instant>| {
+            let elapsed = instant.unwrap_or_else(Instant::now).duration_since(self.request.arrived);
+            elapsed.as_secs_f64() * 1e3
+        };
+        self.send(Event::Finished(Finished {
+            reason: if end == End::Length { FinishReason::Length } else { FinishReason::Stop },
+            usage: Usage {
+                prompt_tokens: self.request.prompt.len() as u32,
+                cached_tokens: self.found as u32,
+                completion_tokens: self.generated,
+            },
+            timings: Timings {
+                queue_ms: since(self.started),
+                first_token_ms: since(self.first_token),
+                total_ms: since(None),
+            },
+            text,
+        }));
+    }
+
+    /// Keeps the experts of `chunk`, whose rows of the step begin at `row`. What is computed again was noted before.
+    pub(super) fn note_routing(&mut self, step: &[Routing], row: usize, chunk: &Chunk) {
+        if self.routing.is_empty() {
+            self.routing = step.iter().map(|layer| Routing::new(layer.top_k)).collect();
+        }
+        let again = self.routed.saturating_sub(chunk.start).min(chunk.len);
+        self.routed = self.routed.max(chunk.start + chunk.len);
+        for (kept, layer) in self.routing.iter_mut().zip(step) {
+            let range = (row + again) * layer.top_k..(row + chunk.len) * layer.top_k;
+            kept.experts.extend_from_slice(&layer.experts[range.clone()]);
+            kept.weights.extend_from_slice(&layer.weights[range]);
+        }
+    }
+
+    fn send(&self, event: Event) {
+        super::send(&self.request.events, Ok(event));
+    }
+}
+
+/// How a completion ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    /// With a token of the model's.
+    Token,
+    /// Before a string of the client's.
+    StopString,
+    Length,
+}

@@ -1,0 +1,259 @@
+use std::path::{Path, PathBuf};
+use std::thread::JoinHandle;
+
+use serde_json::Value;
+use sirocco_compute::Pool;
+use sirocco_model::{Checkpoint, LocalExperts};
+use sirocco_proto::inference::{Finished, Token};
+use sirocco_types::FinishReason;
+use tokio::runtime::Runtime;
+
+use super::*;
+use crate::scheduler::ClientId;
+
+/// Enough for every test's sequences at once.
+const PLENTY: usize = 512;
+const LIMITS: EngineLimits =
+    EngineLimits { sequences: 32, queue: 64, step_tokens: 512, kv_blocks: PLENTY, overlap_rows: 16 };
+
+fn path(relative: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(relative)
+}
+
+/// The bundled model in an engine of its own, with all experts beside it.
+struct Setup {
+    engine: Option<Engine>,
+    thread: Option<JoinHandle<()>>,
+    runtime: Runtime,
+}
+
+impl Setup {
+    fn start(limits: EngineLimits) -> Self {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let checkpoint = Checkpoint::open(&path("models/demo")).unwrap();
+        let pool = Pool::new(2).unwrap();
+        let parts = Parts {
+            model: Model::load(&checkpoint, pool.clone()).unwrap(),
+            tokenizer: Arc::new(Tokenizer::load(checkpoint.folder(), checkpoint.spec()).unwrap()),
+            experts: LocalExperts::load(&checkpoint, pool).unwrap(),
+            limits,
+        };
+        let (engine, thread) = Engine::start(parts, runtime.handle().clone()).unwrap();
+        Self { engine: Some(engine), thread: Some(thread), runtime }
+    }
+
+    fn engine(&self) -> &Engine {
+        self.engine.as_ref().unwrap()
+    }
+
+    /// What becomes of `asked`, all submitted at once.
+    fn run(&self, asked: Vec<Asked>) -> Vec<Answer> {
+        let (requests, streams): (Vec<_>, Vec<_>) = asked.into_iter().map(Asked::request).unzip();
+        self.engine().submit(requests).unwrap();
+        streams.into_iter().map(|stream| self.runtime.block_on(Answer::of(stream))).collect()
+    }
+}
+
+impl Drop for Setup {
+    fn drop(&mut self) {
+        self.engine = None;
+        if let Some(Err(panic)) = self.thread.take().map(JoinHandle::join) {
+            std::panic::resume_unwind(panic);
+        }
+    }
+}
+
+#[derive(Clone, Debug)]
+struct Asked {
+    prompt: Vec<u32>,
+    generated: Vec<u32>,
+    sampling: SamplingParams,
+    trace: Trace,
+    client: u64,
+}
+
+impl Asked {
+    /// A greedy completion of 48 tokens, with its logits.
+    fn greedy(prompt: Vec<u32>) -> Self {
+        let sampling =
+            SamplingParams { temperature: 0.0, max_tokens: 48, ignore_eos: true, ..SamplingParams::default() };
+        let trace = Trace { logits: true, routing: false };
+        Self { prompt, generated: Vec::new(), sampling, trace, client: 0 }
+    }
+
+    fn request(self) -> (Request, mpsc::Receiver<Result<Event, GenerateError>>) {
+        let Self { prompt, generated, sampling, trace, client } = self;
+        let (events, stream) = mpsc::channel(sampling.max_tokens as usize + 2);
+        let flow = Flow { client: ClientId(client), ..Flow::default() };
+        let (id, arrived) = (String::new(), Instant::now());
+        (Request { id, flow, prompt, generated, sampling, trace, arrived, events }, stream)
+    }
+}
+
+#[derive(Debug, PartialEq)]
+struct Answer {
+    tokens: Vec<Token>,
+    finished: Finished,
+}
+
+impl Answer {
+    async fn of(mut stream: mpsc::Receiver<Result<Event, GenerateError>>) -> Self {
+        let mut tokens = Vec::new();
+        loop {
+            match stream.recv().await.unwrap().unwrap() {
+                Event::Token(token) => tokens.push(token),
+                Event::Finished(finished) => return Self { tokens, finished },
+                Event::Started(_) => unreachable!("the engine sends none"),
+            }
+        }
+    }
+
+    fn ids(&self) -> Vec<u32> {
+        self.tokens.iter().map(|token| token.id).collect()
+    }
+
+    fn text(&self) -> String {
+        self.tokens.iter().map(|token| token.text.as_str()).chain([self.finished.text.as_str()]).collect()
+    }
+
+    /// Fails unless ids and logits are those of `other`, bit for bit.
+    fn assert_same(&self, other: &Self, what: &str) {
+        assert_eq!(self.ids(), other.ids(), "{what}");
+        for (own, other) in self.tokens.iter().zip(&other.tokens) {
+            let same = own.logits.iter().zip(&other.logits).all(|(a, b)| a.to_bits() == b.to_bits());
+            assert!(same && own.logits.len() == other.logits.len(), "{what}, token {}", own.index);
+        }
+    }
+}
+
+/// The prompts of the goldens, and their greedy tokens by transformers.
+fn goldens() -> Vec<(Vec<u32>, Vec<u32>)> {
+    let golden: Value = serde_json::from_slice(&std::fs::read(path("tests/data/demo/golden.json")).unwrap()).unwrap();
+    let ids = |value: &Value| value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect();
+    golden["prompts"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|case| (ids(&case["input_ids"]), ids(&case["greedy_ids"])))
+        .collect()
+}
+
+#[test]
+fn batch_mates_chunks_cache_hits_and_preemption_change_no_bit() {
+    let goldens = goldens();
+    let alone: Vec<Answer> = goldens
+        .iter()
+        .map(|(prompt, greedy)| {
+            let answer = Setup::start(LIMITS).run(vec![Asked::greedy(prompt.clone())]).swap_remove(0);
+            assert_eq!(answer.ids(), *greedy);
+            answer
+        })
+        .collect();
+    for step_tokens in [1, 7, 64, 512] {
+        // With one token a step there is one sequence of each client under way.
+        let few = if step_tokens == 1 { 10 } else { 24 };
+        for kv_blocks in [PLENTY, few] {
+            let setup = Setup::start(EngineLimits { step_tokens, kv_blocks, ..LIMITS });
+            for (visit, shuffle) in [("first", 37), ("again", 23)] {
+                // Each golden, and others that begin as one of them and go on differently.
+                let mut order: Vec<usize> = (0..32).collect();
+                order.sort_by_key(|index| ((index + 5) * (shuffle + step_tokens)) % 61);
+                let asked = order.iter().map(|index| {
+                    let mut prompt = goldens[index % goldens.len()].0.clone();
+                    if *index >= goldens.len() {
+                        prompt.truncate(prompt.len() - index % 5);
+                        prompt.extend((0..*index as u32).map(|i| (i * 97 + *index as u32) % 4096));
+                    }
+                    Asked { client: *index as u64 % 3, ..Asked::greedy(prompt) }
+                });
+                let answers = setup.run(asked.collect());
+                let what = format!("{step_tokens} tokens a step, {kv_blocks} blocks, {visit}");
+                for (index, answer) in order.iter().zip(&answers).filter(|(index, _)| **index < goldens.len()) {
+                    answer.assert_same(&alone[*index], &format!("golden {index}: {what}"));
+                }
+                if visit == "again" && kv_blocks == PLENTY {
+                    let found = |answer: &Answer| answer.finished.usage.cached_tokens;
+                    assert!(answers.iter().all(|answer| found(answer) > 0), "{what}");
+                }
+            }
+            let counts = setup.engine().counts();
+            assert_eq!(counts.preemptions > 0, kv_blocks != PLENTY, "{step_tokens} tokens a step: {counts:?}");
+        }
+    }
+}
+
+#[test]
+fn a_preempted_sequence_reports_the_experts_it_would_have_reported_alone() {
+    let goldens = goldens();
+    let asked = |prompt: &Vec<u32>| {
+        let trace = Trace { logits: false, routing: true };
+        Asked { trace, ..Asked::greedy(prompt.clone()) }
+    };
+    let setup = Setup::start(EngineLimits { kv_blocks: 16, ..LIMITS });
+    let together = setup.run(goldens.iter().map(|(prompt, _)| asked(prompt)).collect());
+    assert!(setup.engine().counts().preemptions > 0);
+    for ((prompt, _), together) in goldens.iter().zip(together) {
+        let alone = setup.run(vec![asked(prompt)]).swap_remove(0);
+        assert_eq!(together.tokens, alone.tokens);
+        assert_eq!(together.tokens[0].routing[0].tokens(), prompt.len());
+    }
+}
+
+#[test]
+fn a_completion_goes_on_from_any_token_with_the_same_bytes() {
+    let (prompt, _) = goldens().swap_remove(3);
+    let sampling = SamplingParams {
+        temperature: 0.9,
+        seed: 11,
+        max_tokens: 40,
+        repetition_penalty: 1.1,
+        frequency_penalty: 0.4,
+        logprobs: Some(3),
+        stop: vec!["qqq".into(), "e".repeat(6)],
+        ..SamplingParams::default()
+    };
+    let trace = Trace { logits: true, routing: false };
+    let asked = Asked { prompt, generated: Vec::new(), sampling, trace, client: 0 };
+    let whole = Setup::start(LIMITS).run(vec![asked.clone()]).swap_remove(0);
+    let other = Setup::start(EngineLimits { step_tokens: 5, ..LIMITS });
+    for from in 0..=whole.tokens.len() {
+        let generated = whole.ids()[..from].to_vec();
+        let rest = other.run(vec![Asked { generated, ..asked.clone() }]).swap_remove(0);
+        assert_eq!(rest.tokens, whole.tokens[from..], "from token {from}");
+        assert_eq!((&rest.finished.text, rest.finished.reason), (&whole.finished.text, whole.finished.reason));
+        let completion_tokens = whole.tokens.len() as u32;
+        assert_eq!(rest.finished.usage.completion_tokens, completion_tokens);
+    }
+}
+
+#[test]
+fn a_completion_that_ended_before_it_was_resumed_ends_the_same_way() {
+    let (prompt, _) = goldens().swap_remove(0);
+    let setup = Setup::start(LIMITS);
+    let whole = setup.run(vec![Asked::greedy(prompt.clone())]).swap_remove(0);
+    let stop: String = whole.text().chars().skip(20).take(4).collect();
+    let mut asked = Asked::greedy(prompt);
+    asked.sampling.stop = vec![stop];
+    let stopped = setup.run(vec![asked.clone()]).swap_remove(0);
+    assert_eq!(stopped.finished.reason, FinishReason::Stop);
+    let resumed = setup.run(vec![Asked { generated: stopped.ids(), ..asked }]).swap_remove(0);
+    assert_eq!((resumed.tokens.len(), resumed.finished.reason), (0, FinishReason::Stop));
+    assert_eq!(resumed.finished.usage.completion_tokens, stopped.finished.usage.completion_tokens);
+}
+
+#[test]
+fn sequences_leave_with_their_clients_and_no_block_stays_held() {
+    let setup = Setup::start(EngineLimits { sequences: 4, kv_blocks: 40, ..LIMITS });
+    let goldens = goldens();
+    let mut streams = Vec::new();
+    for (index, (prompt, _)) in goldens.iter().enumerate() {
+        let (request, stream) = Asked { client: index as u64, ..Asked::greedy(prompt.clone()) }.request();
+        setup.engine().submit(vec![request]).unwrap();
+        streams.push(stream);
+    }
+    let mut counts = setup.engine().counts.clone();
+    streams.truncate(1);
+    setup.runtime.block_on(Answer::of(streams.swap_remove(0)));
+    let idle = |counts: &Counts| counts.running == 0 && counts.waiting == 0 && counts.blocks_held == 0;
+    setup.runtime.block_on(counts.wait_for(idle)).unwrap();
+}
