@@ -17,7 +17,7 @@ use crate::engine::GenerateError;
 /// The events of one sequence; the last one is `Finished` or an error.
 #[derive(Debug)]
 pub(crate) struct Events {
-    events: mpsc::Receiver<Result<Event, GenerateError>>,
+    engine: mpsc::Receiver<Result<Event, GenerateError>>,
     deadline: Deadline,
     sleep: Pin<Box<Sleep>>,
     ended: bool,
@@ -27,12 +27,12 @@ pub(crate) struct Events {
 
 impl Events {
     pub(crate) fn new(
-        events: mpsc::Receiver<Result<Event, GenerateError>>,
+        engine: mpsc::Receiver<Result<Event, GenerateError>>,
         deadline: Deadline,
         admission: Arc<Admission>,
     ) -> Self {
         let sleep = Box::pin(sleep_until(deadline.at.into()));
-        Self { events, deadline, sleep, ended: false, admission }
+        Self { engine, deadline, sleep, ended: false, admission }
     }
 }
 
@@ -46,7 +46,7 @@ impl Stream for Events {
         let event = if self.sleep.poll_unpin(cx).is_ready() {
             Err(self.deadline.overdue().into())
         } else {
-            match self.events.poll_recv(cx) {
+            match self.engine.poll_recv(cx) {
                 Poll::Ready(event) => {
                     event.unwrap_or_else(|| Err(GenerateError::Internal("the engine has ended".into())))
                 }
@@ -57,7 +57,7 @@ impl Stream for Events {
             Ok(Event::Token(_)) => self.admission.count_token(),
             Ok(Event::Finished(_)) | Err(_) => {
                 self.ended = true;
-                self.events.close();
+                self.engine.close();
             }
             Ok(Event::Started(_)) => {}
         }

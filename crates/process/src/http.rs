@@ -200,7 +200,7 @@ mod tests {
     use super::*;
 
     /// A server on a free port, its health, and what ends it.
-    async fn start(tasks: &mut JoinSet<std::io::Result<()>>) -> (std::net::SocketAddr, Health, CancellationToken) {
+    async fn start(tasks: &mut JoinSet<std::io::Result<()>>) -> (SocketAddr, Health, CancellationToken) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let (address, health) = (listener.local_addr().unwrap(), Health::new("coordinator", "c-0"));
         let shutdown = CancellationToken::new();
@@ -209,7 +209,7 @@ mod tests {
     }
 
     /// Status line and body of the answer for `path`.
-    async fn get(address: std::net::SocketAddr, path: &str) -> (String, String) {
+    async fn get(address: SocketAddr, path: &str) -> (String, String) {
         let mut stream = TcpStream::connect(address).await.unwrap();
         stream.write_all(format!("GET {path} HTTP/1.0\r\n\r\n").as_bytes()).await.unwrap();
         let mut answer = String::new();

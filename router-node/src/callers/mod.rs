@@ -31,8 +31,11 @@ use crate::scheduler::ClientId;
 #[derive(Clone, Debug)]
 pub(crate) struct Callers {
     /// None: everybody.
-    known: Option<watch::Receiver<Arc<Vec<Known>>>>,
+    known: Option<Following>,
 }
+
+/// The callers with a key, as they are now.
+type Following = watch::Receiver<Arc<Vec<Known>>>;
 
 /// A caller with a key.
 #[derive(Clone, Debug)]

@@ -10,7 +10,7 @@ use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
 use super::keys::{self, KeysError};
-use super::{Known, known};
+use super::{Following, Known, known};
 
 const EVERY: Duration = Duration::from_secs(2);
 
@@ -47,7 +47,7 @@ pub(crate) struct Reload {
 
 impl Reload {
     /// Reads the file for the first time. Must be called within a tokio runtime.
-    pub(super) fn open(path: &Path) -> Result<(Self, watch::Receiver<Arc<Vec<Known>>>), OpenError> {
+    pub(super) fn open(path: &Path) -> Result<(Self, Following), OpenError> {
         let shown = || path.display().to_string();
         let unread = |error| OpenError::Read { path: shown(), error };
         let text = std::fs::read_to_string(path).map_err(unread)?;

@@ -139,7 +139,7 @@ impl Asked {
         if fields.stream_options.is_some() && fields.stream != Some(true) {
             return Err(Problem::invalid("stream_options", "it needs stream to be true"));
         }
-        let drawing = drawing(kind, &fields, policy.max_choices)?;
+        let drawing = drawing(kind, &fields, policy)?;
         let deadline = Deadline::new(arrived, policy.request_timeout(), timeout(&fields)?);
         let terms = Terms { arrived, deadline, priority: fields.priority.unwrap_or_default(), admission };
         Ok(Self { id, kind, fields, drawing, terms })

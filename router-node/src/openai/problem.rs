@@ -84,6 +84,10 @@ impl IntoResponse for Problem {
             StatusCode::REQUEST_TIMEOUT => {
                 headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
             }
+            // Otherwise OpenAI's clients ask twice again for what takes too long.
+            StatusCode::GATEWAY_TIMEOUT => {
+                headers.insert("x-should-retry", HeaderValue::from_static("false"));
+            }
             _ => {}
         }
         response
