@@ -237,6 +237,23 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_connection_without_a_place_waits_until_one_ends() {
+        let mut tasks = JoinSet::new();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let serving = Serving { connections: 1, ..SMALL };
+        let routes = routes(Health::new("coordinator", "c-0"));
+        tasks.spawn(serve_routes(listener, routes, CancellationToken::new(), serving));
+        let mut first = TcpStream::connect(address).await.unwrap();
+        first.write_all(b"GET /live HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
+        first.read_exact(&mut [0; 12]).await.unwrap();
+        let mut second = std::pin::pin!(get(address, "/live"));
+        assert!(tokio::time::timeout(Duration::from_millis(50), &mut second).await.is_err());
+        drop(first);
+        assert_eq!(second.await.0, "200 OK");
+    }
+
+    #[tokio::test]
     async fn a_client_that_stalls_does_not_hold_up_the_end() {
         let mut tasks = JoinSet::new();
         let (address, _, shutdown) = start(&mut tasks).await;
