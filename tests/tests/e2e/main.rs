@@ -1,6 +1,7 @@
 //! End-to-end tests: real processes, a real etcd, real clients.
 #![forbid(unsafe_code)]
 
+mod callers;
 mod commands;
 mod control;
 mod goldens;

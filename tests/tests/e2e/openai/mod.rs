@@ -1,7 +1,7 @@
 //! OpenAI's API over HTTP, against real clusters.
 
 mod answers;
-mod client;
+pub(crate) mod client;
 mod experts;
 mod refusals;
 mod serving;
