@@ -7,10 +7,8 @@ use std::time::{Duration, Instant};
 
 use sirocco_compute::{Pool, cpu_description};
 use sirocco_model::{ChatTemplate, Checkpoint, CheckpointError, Grammars, KvCache, Model, Tokenizer, TokenizerError};
-use sirocco_process::http::{self, Health};
+use sirocco_process::http::{self, Health, Serving};
 use sirocco_process::{BindError, LifeError, NodeArgs, Running, advertised, bind};
-use sirocco_proto::channel::MAX_MESSAGE_BYTES;
-use sirocco_proto::inference::InferenceServiceServer;
 use sirocco_proto::server::Services;
 use sirocco_store::{ClusterState, Keys, LEASE_TTL, Mirror, Registration, Store, StoreError, to_json};
 use sirocco_types::{Device, Member, MemberState, ModelIdentity, ModelSpec, NodeId, NodeIdError, Role};
@@ -19,12 +17,15 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
-use crate::api::Api;
+use crate::api;
+use crate::callers::{Callers, OpenError};
 use crate::dispatch::RemoteExperts;
 use crate::engine::{Engine, EngineLimits, Parts};
-use crate::intake::{self, Grammatical, Intake};
+use crate::intake::{Grammatical, Intake, IntakeParts};
 use crate::load::{ExpertCounts, Reporter};
 use crate::openai::{self, Chat};
+use crate::page;
+use crate::policy::Policy;
 use crate::topology::{self, Topology};
 
 const MAX_SEQUENCES: u32 = 32;
@@ -68,6 +69,9 @@ pub struct Config {
     /// Longest wait for the experts of one layer, in seconds, their move to another node included
     #[arg(long, env = "SIROCCO_EXPERT_TIMEOUT_S", value_name = "SECONDS", default_value_t = EXPERT_TIMEOUT_S)]
     pub expert_timeout_s: u64,
+    /// Who may call, and how much a request may ask for
+    #[command(flatten)]
+    pub policy: Policy,
 }
 
 impl Config {
@@ -85,6 +89,7 @@ impl Config {
             kv_bytes: KV_BYTES,
             overlap_rows: OVERLAP_ROWS,
             expert_timeout_s: EXPERT_TIMEOUT_S,
+            policy: Policy::default(),
         }
     }
 }
@@ -101,6 +106,9 @@ pub enum StartError {
     /// The tokenizer cannot be used.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
+    /// The API keys cannot be used.
+    #[error(transparent)]
+    Keys(#[from] OpenError),
     /// An address is not free.
     #[error(transparent)]
     Bind(#[from] BindError),
@@ -133,6 +141,7 @@ pub async fn start(
     let started = Instant::now();
     let id = NodeId::new(&args.id)?;
     let keys = Keys::new(&args.cluster)?;
+    let (callers, reload) = Callers::open(config.policy.api_keys.as_deref())?;
     let grpc = bind("--grpc", config.grpc).await?;
     let http = bind("--http", config.http).await?;
     let (grpc_at, http_at) = (grpc.local_addr()?, http.local_addr()?);
@@ -171,6 +180,9 @@ pub async fn start(
     tracing::info!(id = %member.id, grpc = %grpc_at, model = identity.name, fingerprint = identity.fingerprint.short(), "joined");
 
     let (tasks, connections) = (TaskTracker::new(), TaskTracker::new());
+    if let Some(reload) = reload {
+        tasks.spawn(reload.run(shutdown.clone()));
+    }
     let states = ClusterState::follow(&mirror, &keys, &tasks);
     let (sender, topology) = watch::channel(Arc::new(Topology::default()));
     tasks.spawn(topology::follow(states.clone(), sender, connections.clone(), shutdown.clone()));
@@ -188,14 +200,24 @@ pub async fn start(
     };
     let parts = Parts { model, tokenizer: Arc::clone(&tokenizer), experts, limits };
     let (engine, engine_thread) = Engine::start(parts, tokio::runtime::Handle::current())?;
-    let known = intake::Parts { model: Arc::clone(&identity), tokenizer, grammars };
-    let intake = Arc::new(Intake::new(known, engine, health.clone()));
-    let routes = http::routes(health.clone()).merge(openai::routes(Arc::clone(&intake), chat));
-    let service = InferenceServiceServer::new(Api::new(intake)).max_encoding_message_size(MAX_MESSAGE_BYTES);
-    let fronts = Fronts { grpc, services: Services::default().with(service), http, routes };
+    let serving =
+        Serving { connections: config.policy.max_connections as usize, grace: Duration::from_secs(args.drain_s) };
+    let intake = IntakeParts {
+        model: Arc::clone(&identity),
+        tokenizer,
+        grammars,
+        callers,
+        policy: config.policy,
+        engine,
+        health: health.clone(),
+    };
+    let intake = Arc::new(Intake::new(intake));
+    let routes = http::routes(health.clone()).merge(page::routes()).merge(openai::routes(Arc::clone(&intake), chat));
+    let service = api::service(intake);
+    let fronts = Fronts { grpc, services: Services::default().with(service), http, serving, routes };
     let presence = Presence { member, member_key, registration, health: health.clone() };
     let presence = AbortOnDropHandle::new(tokio::spawn(presence.keep(states, topology, shutdown.clone())));
-    let grace = Duration::from_secs(args.drain_s);
+    let grace = serving.grace;
     let life = Life { presence, mirror, tasks, connections, engine_thread, shutdown, grace };
     let life = tokio::spawn(life.run(fronts, health.clone()));
     Ok(Running { id: args.id, grpc: grpc_at, http: http_at, health, life: AbortOnDropHandle::new(life) })
@@ -293,6 +315,7 @@ struct Fronts {
     grpc: TcpListener,
     services: Services,
     http: TcpListener,
+    serving: Serving,
     routes: axum::Router,
 }
 
@@ -310,9 +333,9 @@ struct Life {
 impl Life {
     /// Serves until the shutdown, then finishes the requests under way, leaves the cluster and ends.
     async fn run(self, fronts: Fronts, health: Health) -> Result<(), LifeError> {
-        let Fronts { grpc, services, http, routes } = fronts;
+        let Fronts { grpc, services, http, serving, routes } = fronts;
         let reports = AbortOnDropHandle::new(tokio::spawn(services.health().follow(health.subscribe())));
-        let http = http::serve_routes(http, routes, self.shutdown.clone(), self.grace);
+        let http = http::serve_routes(http, routes, self.shutdown.clone(), serving);
         let (served, answered) = tokio::join!(services.serve(grpc, self.shutdown.clone(), self.grace), http);
 
         health.not_ready("stopping");

@@ -22,6 +22,7 @@ use sirocco_types::SamplingParams;
 use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 
+use crate::deadline::Overdue;
 use crate::scheduler::{Chunk, Counts, Flow, Limits, Scheduler, SequenceId, Step, Submission, TooLarge};
 use sequence::Sequence;
 
@@ -76,6 +77,9 @@ pub(crate) enum GenerateError {
     /// It cannot be kept within its grammar.
     #[error("{0}")]
     Grammar(#[from] ConstraintError),
+    /// Its time is over.
+    #[error("{0}")]
+    Overdue(#[from] Overdue),
     /// Experts did not answer.
     #[error("{0}")]
     Unavailable(String),

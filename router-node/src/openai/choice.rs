@@ -24,6 +24,8 @@ pub(super) struct Report {
     /// Log probabilities, of tokens as this writes them.
     pub(super) logprobs: Option<Arc<Tokenizer>>,
     pub(super) token_ids: bool,
+    /// The experts of every token, of which this writes the text.
+    pub(super) experts: Option<Arc<Tokenizer>>,
     pub(super) stream: bool,
     /// That tools may be called, and what their calls' ids are made of.
     pub(super) calls: Option<(Marker, String)>,
@@ -121,7 +123,7 @@ impl Choice {
     pub(super) fn say(&mut self, piece: &Piece) -> Vec<Value> {
         let echo = std::mem::take(&mut self.echo);
         let (parts, logprobs) = (self.parts(&echo, piece), self.logprobs(&echo, piece));
-        let tokens_count = self.report.logprobs.is_some() || self.report.token_ids;
+        let tokens_count = self.report.logprobs.is_some() || self.report.token_ids || self.report.experts.is_some();
         let mut said: Vec<Value> = parts.into_iter().map(|part| self.delta(part)).collect();
         if said.is_empty() && (piece.reason.is_some() || (tokens_count && !piece.tokens.is_empty())) {
             said.push(self.delta(Said::Text(String::new())));
@@ -207,6 +209,9 @@ impl Choice {
                 said["prompt_token_ids"] = std::mem::take(&mut self.prompt).into();
             }
         }
+        if let Some(writer) = &self.report.experts {
+            said["experts"] = piece.tokens.iter().map(|token| experts(token, writer)).collect();
+        }
     }
 }
 
@@ -222,6 +227,16 @@ fn call_id(request: &str, choice: usize, call: usize) -> String {
         char::from(sign)
     };
     std::iter::repeat_with(sign).take(9).collect()
+}
+
+/// By layer, the experts and weights of the position that `token` was drawn from, strongest first.
+fn experts(token: &Token, writer: &Tokenizer) -> Value {
+    let last = token.routing.iter().filter_map(|layer| Some(layer.of(layer.tokens().checked_sub(1)?)));
+    let layers = last.map(|(ids, weights)| {
+        let ids: Vec<u32> = ids.iter().map(|id| id.0).collect();
+        json!({"ids": ids, "weights": weights})
+    });
+    json!({"token_id": token.id, "text": writer.token_text(token.id), "layers": layers.collect::<Vec<_>>()})
 }
 
 /// Of a completion: parallel lists, offsets in characters.

@@ -31,5 +31,10 @@ fn model(api: &Api) -> Value {
         "max_context_length": context,
         "type": "base",
         "capabilities": {"completion_chat": chat, "function_calling": chat, "completion_fim": false, "vision": false},
+        "experts": {
+            "layers": model.spec.num_hidden_layers,
+            "per_layer": model.spec.num_local_experts,
+            "per_token": model.spec.num_experts_per_tok,
+        },
     })
 }

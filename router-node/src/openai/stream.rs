@@ -111,7 +111,7 @@ mod tests {
 
     /// The frames of a stream of one choice.
     async fn frames(kind: Kind, token_ids: bool, events: Vec<Result<Event, GenerateError>>) -> Vec<String> {
-        let report = Report { kind, logprobs: None, token_ids, stream: true, calls: None };
+        let report = Report { kind, logprobs: None, token_ids, experts: None, stream: true, calls: None };
         reported(report, events).await
     }
 
@@ -182,7 +182,7 @@ mod tests {
             tokens.chain([finished("")]).collect::<Vec<_>>()
         };
         let calls = Some((Marker::Letters, "request".to_owned()));
-        let report = Report { kind: Kind::Chat, logprobs: None, token_ids: false, stream: true, calls };
+        let report = Report { kind: Kind::Chat, logprobs: None, token_ids: false, experts: None, stream: true, calls };
         let frames = reported(report.clone(), events().into_iter().map(Ok).collect()).await;
         let choices: Vec<Value> = frames.iter().filter(|f| *f != DONE).map(|f| json(f)["choices"][0].clone()).collect();
         assert_eq!(choices[0]["delta"], json!({"role": "assistant", "content": null}));
@@ -227,7 +227,8 @@ mod tests {
     async fn a_call_that_is_cut_off_ends_by_length_and_text_stays_text() {
         let cut = |text: &str, reason| {
             let calls = Some((Marker::Letters, "request".to_owned()));
-            let report = Report { kind: Kind::Chat, logprobs: None, token_ids: false, stream: false, calls };
+            let report =
+                Report { kind: Kind::Chat, logprobs: None, token_ids: false, experts: None, stream: false, calls };
             let mut piece = Piece::default();
             piece.add(token(0, text));
             let Event::Finished(end) = finished("") else { unreachable!() };

@@ -1,11 +1,13 @@
 //! End-to-end tests: real processes, a real etcd, real clients.
 #![forbid(unsafe_code)]
 
+mod callers;
 mod commands;
 mod control;
 mod goldens;
 mod lifecycle;
 mod openai;
 mod operations;
+mod page;
 mod services;
 mod support;

@@ -1,7 +1,11 @@
 //! OpenAI's API over HTTP, against real clusters.
 
 mod answers;
-mod client;
+pub(crate) mod client;
+mod experts;
 mod forms;
 mod refusals;
 mod serving;
+
+pub(crate) use client::{cluster, post, send};
+pub(crate) use serving::{start, wait_for_log};
