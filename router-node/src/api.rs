@@ -13,18 +13,20 @@ use sirocco_types::ModelIdentity;
 use tokio_stream::wrappers::ReceiverStream;
 
 use crate::engine::{GenerateError, SubmitError};
-use crate::intake::{Intake, Job, Refusal};
+use crate::intake::{Events, Intake, Job, Refusal};
+use crate::metrics::{Front, Metrics, Outcome};
 use crate::scheduler::Flow;
 
 /// The gRPC service of one router node.
 #[derive(Debug)]
 pub(crate) struct Api {
     intake: Arc<Intake>,
+    metrics: Arc<Metrics>,
 }
 
 impl Api {
-    pub(crate) fn new(intake: Arc<Intake>) -> Self {
-        Self { intake }
+    pub(crate) fn new(intake: Arc<Intake>, metrics: Arc<Metrics>) -> Self {
+        Self { intake, metrics }
     }
 }
 
@@ -36,28 +38,21 @@ impl InferenceService for Api {
         &self,
         request: Request<wire::GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
-        let arrived = Instant::now();
-        let request = GenerateRequest::try_from(request.into_inner())?;
-        self.intake.check_model(request.model.as_deref().unwrap_or_default()).map_err(refused)?;
-        let prompt = self.intake.tokens(request.prompt).await.map_err(refused)?;
-        let mut sampling = request.sampling;
-        if !request.seeded {
-            sampling.seed = sirocco_process::incarnation();
-        }
-        let id = self.intake.request_id();
-        let started = Started {
-            request_id: id.clone(),
-            model: self.intake.model.name.clone(),
-            prompt_tokens: prompt.len() as u32,
-            seed: sampling.seed,
-        };
-        let GenerateRequest { trace, generated, .. } = request;
-        let job = Job { id, flow: Flow::default(), prompt, generated, sampling, trace };
-        let stream = self.intake.submit(vec![job], arrived).map_err(refused)?.swap_remove(0);
+        let tracked = self.metrics.request(Front::Grpc);
+        let begun = self.begin(request.into_inner()).await.inspect_err(|refusal| tracked.end(refusal.into()));
+        let (started, stream) = begun.map_err(refused)?;
         let first = futures::stream::iter([Ok(Event::Started(started))]);
-        let events = first.chain(ReceiverStream::new(stream)).map(|event| match event {
-            Ok(event) => Ok(event.into()),
-            Err(error) => Err(status(&error)),
+        let events = first.chain(ReceiverStream::new(stream)).map(move |event| match event {
+            Ok(event) => {
+                if matches!(event, Event::Finished(_)) {
+                    tracked.end(Outcome::Ok);
+                }
+                Ok(event.into())
+            }
+            Err(error) => {
+                tracked.end((&error).into());
+                Err(status(&error))
+            }
         });
         Ok(Response::new(Box::pin(events)))
     }
@@ -96,6 +91,31 @@ impl InferenceService for Api {
             vocab_size: spec.vocab_size as u32,
         };
         Ok(Response::new(wire::ListModelsResponse { models: vec![model] }))
+    }
+}
+
+impl Api {
+    /// Hands `request` to the engine.
+    async fn begin(&self, request: wire::GenerateRequest) -> Result<(Started, Events), Refusal> {
+        let arrived = Instant::now();
+        let request = GenerateRequest::try_from(request)?;
+        self.intake.check_model(request.model.as_deref().unwrap_or_default())?;
+        let prompt = self.intake.tokens(request.prompt).await?;
+        let mut sampling = request.sampling;
+        if !request.seeded {
+            sampling.seed = sirocco_process::incarnation();
+        }
+        let id = self.intake.request_id();
+        let started = Started {
+            request_id: id.clone(),
+            model: self.intake.model.name.clone(),
+            prompt_tokens: prompt.len() as u32,
+            seed: sampling.seed,
+        };
+        let GenerateRequest { trace, generated, .. } = request;
+        let job = Job { id, flow: Flow::default(), prompt, generated, sampling, trace };
+        let stream = self.intake.submit(vec![job], arrived)?.swap_remove(0);
+        Ok((started, stream))
     }
 }
 

@@ -12,6 +12,7 @@ mod dispatch;
 mod engine;
 mod intake;
 mod load;
+mod metrics;
 mod node;
 mod openai;
 mod replicas;

@@ -1,11 +1,12 @@
-//! The small HTTP server beside every gRPC one: whether the process lives, whether it can do its work, and why not. A node may
-//! have it serve more.
+//! The small HTTP server beside every gRPC one: whether the process lives, whether it can do its work, and why not, and its
+//! metrics. A node may have it serve more.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::extract::State;
-use axum::http::StatusCode;
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse as _, Response};
 use axum::routing::get;
 use axum::serve::ListenerExt as _;
 use axum::{Json, Router};
@@ -13,6 +14,8 @@ use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
+
+use crate::metrics::{self, Page};
 
 /// How long answers under way may take once the server is asked to end.
 const GRACE: Duration = Duration::from_secs(2);
@@ -60,6 +63,16 @@ impl Health {
         self.obstacle.borrow().clone()
     }
 
+    /// What the process is.
+    pub(crate) fn role(&self) -> &'static str {
+        self.role
+    }
+
+    /// The process' name in its cluster.
+    pub(crate) fn id(&self) -> &str {
+        &self.id
+    }
+
     fn set(&self, obstacle: Option<String>) {
         self.obstacle.send_if_modified(|current| {
             let changed = *current != obstacle;
@@ -69,18 +82,24 @@ impl Health {
     }
 }
 
-/// Serves `/live`, `/ready` and `/health` on `listener` until `shutdown`; answers under way may then take two seconds.
-pub async fn serve(listener: TcpListener, health: Health, shutdown: CancellationToken) -> std::io::Result<()> {
-    serve_routes(listener, routes(health), shutdown, GRACE).await
+/// Serves [`routes`] on `listener` until `shutdown`; answers under way may then take two seconds.
+pub async fn serve(
+    listener: TcpListener,
+    health: Health,
+    page: Page,
+    shutdown: CancellationToken,
+) -> std::io::Result<()> {
+    serve_routes(listener, routes(health, page), shutdown, GRACE).await
 }
 
-/// `/live`, `/ready` and `/health`, for a node to add its own to.
-pub fn routes(health: Health) -> Router {
+/// `/live`, `/ready`, `/health` and, with what is on `page`, `/metrics`, for a node to add its own to.
+pub fn routes(health: Health, page: Page) -> Router {
     Router::new()
         .route("/live", get(|| async { "live\n" }))
         .route("/ready", get(ready))
         .route("/health", get(report))
         .with_state(health)
+        .route("/metrics", get(async move || scrape(&page)))
 }
 
 /// Serves `routes` on `listener` until `shutdown`; answers under way may then take `grace`.
@@ -113,6 +132,13 @@ async fn ready(State(health): State<Health>) -> (StatusCode, String) {
     }
 }
 
+fn scrape(page: &Page) -> Response {
+    match page.render() {
+        Ok(text) => ([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], text).into_response(),
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")).into_response(),
+    }
+}
+
 async fn report(State(health): State<Health>) -> Json<Value> {
     let obstacle = health.obstacle();
     Json(json!({
@@ -138,7 +164,8 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let (address, health) = (listener.local_addr().unwrap(), Health::new("coordinator", "c-0"));
         let shutdown = CancellationToken::new();
-        tasks.spawn(serve(listener, health.clone(), shutdown.clone()));
+        let page = Page::new(&health);
+        tasks.spawn(serve(listener, health.clone(), page, shutdown.clone()));
         (address, health, shutdown)
     }
 
@@ -163,6 +190,7 @@ mod tests {
         assert_eq!(report("/health").await["obstacle"], "no placement yet");
         health.ready();
         assert_eq!(get(address, "/ready").await, ("200 OK".into(), "ready\n".into()));
+        assert!(get(address, "/metrics").await.1.contains("\nsirocco_ready 1\n"));
         let report = report("/health").await;
         assert_eq!(
             (&report["role"], &report["id"], &report["ready"]),

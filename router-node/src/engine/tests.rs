@@ -37,6 +37,7 @@ impl Setup {
             tokenizer: Arc::new(Tokenizer::load(checkpoint.folder(), checkpoint.spec()).unwrap()),
             experts: LocalExperts::load(&checkpoint, pool).unwrap(),
             limits,
+            metrics: crate::metrics::tests::metrics().0,
         };
         let (engine, thread) = Engine::start(parts, runtime.handle().clone()).unwrap();
         Self { engine: Some(engine), thread: Some(thread), runtime }

@@ -23,6 +23,7 @@ use super::sampling::{CHOICES, Drawing, drawing};
 use super::{Api, RequestId, body, prompts, stream};
 use crate::engine::GenerateError;
 use crate::intake::Job;
+use crate::metrics::{Outcome, Tracked};
 use crate::scheduler::Flow;
 
 /// The events of all choices, each with its choice's index, as they come.
@@ -38,6 +39,7 @@ pub(super) struct Call {
     /// So far.
     pub(super) usage: Usage,
     pub(super) include_usage: bool,
+    pub(super) tracked: Tracked,
 }
 
 /// What a request asks, but for what is to be completed.
@@ -47,6 +49,7 @@ struct Asked {
     fields: Fields,
     drawing: Drawing,
     arrived: Instant,
+    tracked: Tracked,
 }
 
 /// What a prompt has become.
@@ -59,9 +62,10 @@ struct Tokens {
 pub(super) async fn completions(
     State(api): State<Api>,
     Extension(RequestId(id)): Extension<RequestId>,
+    Extension(tracked): Extension<Tracked>,
     body: Body,
 ) -> Result<Response, Problem> {
-    let asked = Asked::read(&api, id, Kind::Completion, body).await?;
+    let asked = Asked::read(&api, (id, tracked), Kind::Completion, body).await?;
     let prompts = prompts::of_completion(&asked.fields.prompt)?;
     if prompts.len() * asked.drawing.n > CHOICES {
         let (prompts, n) = (prompts.len(), asked.drawing.n);
@@ -88,9 +92,10 @@ pub(super) async fn completions(
 pub(super) async fn chat_completions(
     State(api): State<Api>,
     Extension(RequestId(id)): Extension<RequestId>,
+    Extension(tracked): Extension<Tracked>,
     body: Body,
 ) -> Result<Response, Problem> {
-    let asked = Asked::read(&api, id, Kind::Chat, body).await?;
+    let asked = Asked::read(&api, (id, tracked), Kind::Chat, body).await?;
     let messages = prompts::of_chat(&asked.fields.messages)?;
     let chat = Arc::clone(&api.chat);
     // A template may take its time, so it does not run on the I/O runtime.
@@ -119,7 +124,7 @@ impl Call {
 
 impl Asked {
     /// Reads and checks `body`.
-    async fn read(api: &Api, id: String, kind: Kind, body: Body) -> Result<Self, Problem> {
+    async fn read(api: &Api, (id, tracked): (String, Tracked), kind: Kind, body: Body) -> Result<Self, Problem> {
         let arrived = Instant::now();
         let fields = body::read(body).await?;
         api.intake.check_model(fields.model.as_deref().unwrap_or_default())?;
@@ -127,12 +132,12 @@ impl Asked {
             return Err(Problem::invalid("stream_options", "it needs stream to be true"));
         }
         let drawing = drawing(kind, &fields)?;
-        Ok(Self { id, kind, fields, drawing, arrived })
+        Ok(Self { id, kind, fields, drawing, arrived, tracked })
     }
 
     /// Hands every choice for `prompts` to the engine.
     fn call(self, api: &Api, prompts: Vec<Tokens>) -> Result<Call, Problem> {
-        let Self { id, kind, fields, drawing, arrived } = self;
+        let Self { id, kind, fields, drawing, arrived, tracked } = self;
         let report = Report {
             kind,
             logprobs: drawing.params.logprobs.map(|_| Arc::clone(&api.intake.tokenizer)),
@@ -171,6 +176,7 @@ impl Asked {
             events: Box::pin(select_all(events).peekable()),
             usage: Usage { prompt_tokens, ..Usage::default() },
             include_usage: fields.stream_options.is_some_and(|options| options.include_usage == Some(true)),
+            tracked,
         })
     }
 }
@@ -199,6 +205,7 @@ async fn answer(mut call: Call) -> Result<Response, Problem> {
         call.count(&event);
         pieces[index].add(event);
     }
+    call.tracked.end(Outcome::Ok);
     let choices = call.choices.iter_mut().zip(&pieces).map(|(choice, piece)| choice.say(piece)).collect();
     Ok(Json(call.head.whole(choices, call.usage)).into_response())
 }

@@ -25,6 +25,7 @@ use axum::routing::{get, post};
 use sirocco_model::ChatTemplate;
 
 use crate::intake::Intake;
+use crate::metrics::{Front, Metrics, Outcome};
 use problem::Problem;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -39,6 +40,7 @@ pub(crate) type Chat = Result<ChatTemplate, String>;
 struct Api {
     intake: Arc<Intake>,
     chat: Arc<Chat>,
+    metrics: Arc<Metrics>,
     /// Seconds since 1970 at which this process began to serve the model.
     created: u64,
 }
@@ -48,8 +50,8 @@ struct Api {
 struct RequestId(String);
 
 /// The routes under `/v1`.
-pub(crate) fn routes(intake: Arc<Intake>, chat: Chat) -> Router {
-    let api = Api { intake, chat: Arc::new(chat), created: answer::now() };
+pub(crate) fn routes(intake: Arc<Intake>, chat: Chat, metrics: Arc<Metrics>) -> Router {
+    let api = Api { intake, chat: Arc::new(chat), metrics, created: answer::now() };
     let v1 = Router::new()
         .route("/models", get(models::list))
         .route("/models/{*id}", get(models::one))
@@ -62,8 +64,24 @@ pub(crate) fn routes(intake: Arc<Intake>, chat: Chat) -> Router {
             Problem::new(StatusCode::METHOD_NOT_ALLOWED, format!("/v1{} does not take {method}", uri.path()))
         })
         .layer(middleware::from_fn_with_state(api.clone(), identify))
+        .layer(middleware::from_fn_with_state(api.clone(), track))
         .with_state(api);
     Router::new().nest("/v1", v1)
+}
+
+/// Follows each request for a completion to its end, which is in its answer when that is a problem, and else told by whoever
+/// gives the answer.
+async fn track(State(api): State<Api>, mut request: Request, next: Next) -> Response {
+    if request.method() != Method::POST {
+        return next.run(request).await;
+    }
+    let tracked = api.metrics.request(Front::Http);
+    request.extensions_mut().insert(tracked.clone());
+    let response = next.run(request).await;
+    if let Some(outcome) = response.extensions().get::<Outcome>() {
+        tracked.end(*outcome);
+    }
+    response
 }
 
 /// Gives each request an id, and its answer the client's own or that one.

@@ -8,6 +8,7 @@ use sirocco_proto::Invalid;
 
 use crate::engine::{GenerateError, SubmitError};
 use crate::intake::Refusal;
+use crate::metrics::Outcome;
 
 /// Seconds after which a client may try again when the queue was full.
 const RETRY_FULL_S: u16 = 1;
@@ -22,6 +23,8 @@ pub(super) struct Problem {
     /// The request's field that is to blame.
     pub(super) param: Option<String>,
     code: Option<&'static str>,
+    /// How the request is counted.
+    pub(super) outcome: Outcome,
 }
 
 impl Problem {
@@ -33,7 +36,8 @@ impl Problem {
             StatusCode::INTERNAL_SERVER_ERROR => Some("internal_error"),
             _ => None,
         };
-        Self { status, message: message.into(), param: None, code }
+        let outcome = if status.is_server_error() { Outcome::Internal } else { Outcome::Invalid };
+        Self { status, message: message.into(), param: None, code, outcome }
     }
 
     /// A request that can never succeed because of `param`.
@@ -75,6 +79,7 @@ impl IntoResponse for Problem {
             _ => None,
         };
         let mut response = (self.status, Json(self.body())).into_response();
+        response.extensions_mut().insert(self.outcome);
         if let Some(seconds) = retry_after {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
         }
@@ -90,8 +95,8 @@ impl From<Invalid> for Problem {
 
 impl From<Refusal> for Problem {
     fn from(refusal: Refusal) -> Self {
-        let message = refusal.to_string();
-        match refusal {
+        let (message, outcome) = (refusal.to_string(), Outcome::from(&refusal));
+        let problem = match refusal {
             Refusal::UnknownModel { .. } => Self {
                 param: Some("model".into()),
                 code: Some("model_not_found"),
@@ -104,18 +109,20 @@ impl From<Refusal> for Problem {
                 Self::new(StatusCode::SERVICE_UNAVAILABLE, message)
             }
             Refusal::Internal(_) => Self::new(StatusCode::INTERNAL_SERVER_ERROR, message),
-        }
+        };
+        Self { outcome, ..problem }
     }
 }
 
 impl From<GenerateError> for Problem {
     fn from(error: GenerateError) -> Self {
-        let message = error.to_string();
-        match error {
+        let (message, outcome) = (error.to_string(), Outcome::from(&error));
+        let problem = match error {
             GenerateError::TooLarge(_) => Self::invalid("max_tokens", message),
             GenerateError::Unavailable(_) => Self::new(StatusCode::SERVICE_UNAVAILABLE, message),
             GenerateError::Internal(_) => Self::new(StatusCode::INTERNAL_SERVER_ERROR, message),
-        }
+        };
+        Self { outcome, ..problem }
     }
 }
 
