@@ -167,7 +167,7 @@ impl Metrics {
                 .histogram(("sirocco_router_step_seconds", "Duration of a step of the engine."), LATENCIES),
             step_tokens: page
                 .histogram(("sirocco_router_step_tokens", "Tokens computed in a step of the engine."), STEP_TOKENS),
-            parts: page.seconds(
+            parts: page.seconds_by(
                 (
                     "sirocco_router_step_part_seconds_total",
                     "Time in each part of the steps; of a step computed in halves, dispatch overlaps the others.",

@@ -79,8 +79,18 @@ impl Page {
         self.register(CounterFamily::new(Opts::new(name, help), labels).expect(DEFINED_ONCE))
     }
 
+    /// A sum of seconds.
+    pub fn seconds(&self, (name, help): Named) -> Seconds {
+        self.register(Seconds::new(name, help).expect(DEFINED_ONCE))
+    }
+
     /// A sum of seconds for each of `series`, given by the value of `label`, in order.
-    pub fn seconds<const N: usize>(&self, (name, help): Named, label: &str, series: [&'static str; N]) -> [Seconds; N] {
+    pub fn seconds_by<const N: usize>(
+        &self,
+        (name, help): Named,
+        label: &str,
+        series: [&'static str; N],
+    ) -> [Seconds; N] {
         let family = self.register(CounterVec::new(Opts::new(name, help), &[label]).expect(DEFINED_ONCE));
         series.map(|value| family.with_label_values(&[value]))
     }
