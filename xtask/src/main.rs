@@ -4,7 +4,7 @@
 #![forbid(unsafe_code)]
 
 mod bench;
-mod etcd;
+mod programs;
 mod steps;
 mod up;
 
@@ -21,8 +21,9 @@ Usage: cargo xtask <COMMAND>
 Commands:
   up [ARGS...]   Build the release binaries, then become `sirocco up ARGS...` (`cargo xtask up --help` lists them)
   test           Check everything, as continuous integration does: formatting, lints, binaries, all tests, documentation.
-                 Tests need etcd: SIROCCO_ETCD_BIN, else `etcd` on the path, else Debian's packages, which are installed
-      --no-etcd-install   Fail when etcd is missing instead of installing it
+                 Tests start etcd and Chromium: what SIROCCO_ETCD_BIN, SIROCCO_ETCDCTL_BIN, SIROCCO_CHROMIUM_BIN and
+                 SIROCCO_CHROMEDRIVER_BIN name, else what is on the path, else Debian's packages, which are installed
+      --no-install   Fail when one is missing instead of installing it
   bench NAME     Build for release, measure, and print figures beside their limits; fails when one is missed
       plan       How long plans take, and how balanced they are (docs/simulation.md)
       control    Joins, drains and takeovers on a real etcd under load, and how often etcd is written
@@ -39,8 +40,8 @@ fn main() -> ExitCode {
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let result = match args.as_slice() {
         ["up", rest @ ..] => up::run(rest),
-        ["test"] => steps::test(etcd::WhenMissing::Install),
-        ["test", "--no-etcd-install"] => steps::test(etcd::WhenMissing::Fail),
+        ["test"] => steps::test(programs::WhenMissing::Install),
+        ["test", "--no-install"] => steps::test(programs::WhenMissing::Fail),
         ["bench", name] if !name.starts_with('-') => match bench::find(name) {
             Some(run) => run(),
             None => return usage(&format!("there is no benchmark {name:?}")),

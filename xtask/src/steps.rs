@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 
-use crate::etcd::{Etcd, WhenMissing};
+use crate::programs::{self, WhenMissing};
 
 /// Cargo's arguments for each check. Tests start the built binaries, so these are built first; `cargo test` covers unit,
 /// integration, end-to-end and documentation tests.
@@ -18,14 +18,14 @@ const CHECKS: [&[&str]; 5] = [
 ];
 
 /// Runs all checks; what a check prints is shown as it comes, with a line of our own before and after.
-pub(crate) fn test(when_etcd_is_missing: WhenMissing) -> Result<()> {
+pub(crate) fn test(when_missing: WhenMissing) -> Result<()> {
     let began = Instant::now();
     need_component("rustfmt", "fmt")?;
     need_component("clippy", "clippy")?;
-    let etcd = step("etcd", || Etcd::ensure(when_etcd_is_missing))?;
+    let found = step("programs that tests start", || programs::ensure(&programs::all(), when_missing))?;
     for check in CHECKS {
         let mut command = crate::cargo(check)?;
-        etcd.export(&mut command);
+        found.export(&mut command);
         if check[0] == "doc" {
             command.env("RUSTDOCFLAGS", "-D warnings");
         }

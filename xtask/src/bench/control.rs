@@ -4,14 +4,14 @@
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::etcd::{Etcd, WhenMissing};
+use crate::programs::{self, WhenMissing};
 
 /// The test that measures, in package `sirocco-testkit`.
 const MEASUREMENT: &str = "control::measure::joins_takeovers_and_writes_keep_their_limits";
 
 /// Builds the programs and the measurement, then runs it; what it prints is shown as it comes.
 pub(super) fn run() -> Result<()> {
-    let etcd = Etcd::ensure(WhenMissing::Install)?;
+    let etcd = programs::ensure(&["etcd", "etcdctl"], WhenMissing::Install)?;
     let mut build = crate::cargo(&["build", "--locked", "--release", "--bins"])?;
     build.args(crate::up::PACKAGES.iter().flat_map(|package| ["--package", package]));
     let test = ["test", "--locked", "--release", "--package", "sirocco-testkit", "--test", "e2e", "--"];
