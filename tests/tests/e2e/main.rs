@@ -5,6 +5,7 @@ mod commands;
 mod control;
 mod goldens;
 mod lifecycle;
+mod metrics;
 mod openai;
 mod operations;
 mod services;

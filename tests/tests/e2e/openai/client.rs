@@ -10,7 +10,7 @@ use sirocco_testkit::process::Process;
 use crate::commands::up;
 
 /// A cluster in one process: the process, the router's gRPC and HTTP addresses.
-pub(super) fn cluster(args: &[&str]) -> (Process, String, String) {
+pub(crate) fn cluster(args: &[&str]) -> (Process, String, String) {
     let (process, grpc, _) = up(&[&["--expert-nodes", "2"], args].concat());
     let stdout = process.stdout();
     let line = stdout.lines().find_map(|line| line.strip_prefix("curl http://")).unwrap();
@@ -19,14 +19,14 @@ pub(super) fn cluster(args: &[&str]) -> (Process, String, String) {
 }
 
 /// An answer whose head has been read.
-pub(super) struct Answer {
-    pub(super) status: u16,
+pub(crate) struct Answer {
+    pub(crate) status: u16,
     head: String,
     stream: BufReader<TcpStream>,
 }
 
 /// Sends `body` to `path`; `headers` are whole lines.
-pub(super) fn send(address: &str, method: &str, path: &str, headers: &str, body: &[u8]) -> TcpStream {
+pub(crate) fn send(address: &str, method: &str, path: &str, headers: &str, body: &[u8]) -> TcpStream {
     let mut stream = TcpStream::connect(address).unwrap();
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     let length = body.len();
@@ -36,12 +36,12 @@ pub(super) fn send(address: &str, method: &str, path: &str, headers: &str, body:
 }
 
 /// Posts JSON.
-pub(super) fn post(address: &str, path: &str, body: &Value) -> Answer {
+pub(crate) fn post(address: &str, path: &str, body: &Value) -> Answer {
     Answer::of(send(address, "POST", path, "content-type: application/json\r\n", body.to_string().as_bytes()))
 }
 
 /// Posts JSON and takes the JSON of an answer that must be good.
-pub(super) fn ask(address: &str, path: &str, body: &Value) -> Value {
+pub(crate) fn ask(address: &str, path: &str, body: &Value) -> Value {
     let answer = post(address, path, body);
     let (status, text) = (answer.status, answer.text());
     assert_eq!(status, 200, "{text}");
@@ -50,7 +50,7 @@ pub(super) fn ask(address: &str, path: &str, body: &Value) -> Value {
 
 impl Answer {
     /// Reads the head of the answer that comes on `stream`.
-    pub(super) fn of(stream: TcpStream) -> Self {
+    pub(crate) fn of(stream: TcpStream) -> Self {
         let mut stream = BufReader::new(stream);
         let mut head = String::new();
         while !head.ends_with("\r\n\r\n") {
@@ -59,25 +59,25 @@ impl Answer {
         Self { status: head["HTTP/1.0 ".len()..][..3].parse().unwrap(), head, stream }
     }
 
-    pub(super) fn header(&self, name: &str) -> Option<&str> {
+    pub(crate) fn header(&self, name: &str) -> Option<&str> {
         let values = self.head.lines().filter_map(|line| line.split_once(": "));
         values.into_iter().find(|(key, _)| key.eq_ignore_ascii_case(name)).map(|(_, value)| value)
     }
 
     /// The rest of the answer.
-    pub(super) fn text(mut self) -> String {
+    pub(crate) fn text(mut self) -> String {
         let mut text = String::new();
         self.stream.read_to_string(&mut text).unwrap();
         text
     }
 
-    pub(super) fn json(self) -> Value {
+    pub(crate) fn json(self) -> Value {
         let text = self.text();
         serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text}"))
     }
 
     /// The data of the next event; none at the end.
-    pub(super) fn event(&mut self) -> Option<String> {
+    pub(crate) fn event(&mut self) -> Option<String> {
         loop {
             let mut line = String::new();
             if self.stream.read_line(&mut line).unwrap() == 0 {
@@ -90,7 +90,7 @@ impl Answer {
     }
 
     /// All pieces of a stream that must end well.
-    pub(super) fn pieces(mut self) -> Vec<Value> {
+    pub(crate) fn pieces(mut self) -> Vec<Value> {
         assert_eq!(self.header("content-type"), Some("text/event-stream"));
         let mut events: Vec<String> = std::iter::from_fn(|| self.event()).collect();
         assert_eq!(events.pop().as_deref(), Some("[DONE]"));

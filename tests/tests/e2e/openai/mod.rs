@@ -1,6 +1,6 @@
 //! OpenAI's API over HTTP, against real clusters.
 
 mod answers;
-mod client;
+pub(crate) mod client;
 mod refusals;
 mod serving;
