@@ -349,7 +349,9 @@ impl Candidate {
         let ops = actions.into_iter().flat_map(|action| ops(&self.keys, action, leader)).collect();
         let step = self.commit(ops, leadership).await?;
         if matches!(step, Step::Wrote) {
-            recorded.iter().for_each(|operation| self.metrics.recorded(operation));
+            for operation in &recorded {
+                self.metrics.recorded(operation);
+            }
         }
         Ok(step)
     }

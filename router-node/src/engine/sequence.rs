@@ -110,12 +110,11 @@ impl Sequence {
 
     fn time_token(&mut self, metrics: &Metrics) {
         let now = Instant::now();
-        match self.last_token.replace(now) {
-            Some(last) => metrics.next_token(now.duration_since(last)),
-            None => {
-                self.first_token = Some(now);
-                metrics.first_token(now.duration_since(self.request.arrived));
-            }
+        if let Some(last) = self.last_token.replace(now) {
+            metrics.next_token(now.duration_since(last));
+        } else {
+            self.first_token = Some(now);
+            metrics.first_token(now.duration_since(self.request.arrived));
         }
     }
 

@@ -66,7 +66,7 @@ fn what_is_scraped_is_what_is_documented_and_promtool_has_nothing_to_say() {
         let scrape = Scrape::of(&node.http);
         promtool(&["check", "metrics"], &scrape.text);
         assert!(scrape.text.contains(&format!("node=\"{}\",version=", node.id)), "{}", scrape.text);
-        assert_eq!(scrape.value("sirocco_ready"), 1.0, "{}", node.id);
+        assert_eq!(scrape.value("sirocco_ready"), 1, "{}", node.id);
         scraped.extend(scrape.families);
     }
     let (documented, scraped) = (rows(&documented()), rows(&scraped));
@@ -83,7 +83,7 @@ async fn counters_agree_with_what_was_asked_and_come_to_rest() {
     let requests = |api: &str, outcome: &str, reason: &str| {
         format!("sirocco_router_requests_total{{api=\"{api}\",outcome=\"{outcome}\",reason=\"{reason}\"}}")
     };
-    let until = |series: &str, value: f64| {
+    let until = |series: &str, value: u64| {
         let what = format!("{series} to be {value}");
         wait_for(&what, || Ok((Scrape::of(http).value(series) == value).then_some(()))).unwrap();
     };
@@ -102,17 +102,17 @@ async fn counters_agree_with_what_was_asked_and_come_to_rest() {
         }
     }
     let after = Scrape::of(http);
-    let counted = |name: &str| after.value(&format!("sirocco_router_{name}")) as u64;
+    let counted = |name: &str| after.value(&format!("sirocco_router_{name}"));
     let names = ["prompt_tokens_total", "prompt_tokens_cached_total", "completion_tokens_total"];
     assert_eq!(names.map(counted), usage);
     assert!(usage[1] > 0 && counted("prefix_found_tokens_total") == usage[1], "{usage:?}");
     let generated = generate(grpc, greedy("The", 5)).await.unwrap().ids.len();
-    until(&requests("grpc", "ok", ""), 1.0);
+    until(&requests("grpc", "ok", ""), 1);
     let after = Scrape::of(http);
-    let counted = |name: &str| after.value(&format!("sirocco_router_{name}")) as u64;
+    let counted = |name: &str| after.value(&format!("sirocco_router_{name}"));
     assert_eq!(counted("completion_tokens_total"), usage[2] + generated as u64);
     assert!(counted("prompt_tokens_total") > usage[0]);
-    assert_eq!(after.value(&requests("http", "ok", "")), 3.0);
+    assert_eq!(after.value(&requests("http", "ok", "")), 3);
     assert_eq!(counted("time_to_first_token_seconds_count"), 4);
     assert_eq!(counted("inter_token_seconds_count"), usage[2] + generated as u64 - 4);
     assert_eq!(counted("queue_seconds_count"), 4);
@@ -124,49 +124,49 @@ async fn counters_agree_with_what_was_asked_and_come_to_rest() {
     let number = |name: &str| config[name].as_u64().unwrap();
     let rows = counted("step_tokens_sum") * number("num_hidden_layers") * number("num_experts_per_tok");
     let experts: Vec<Scrape> = cluster.experts.iter().map(|node| Scrape::of(&node.http)).collect();
-    let sum = |start: &str| experts.iter().map(|scrape| scrape.sum(start)).sum::<f64>() as u64;
+    let sum = |start: &str| experts.iter().map(|scrape| scrape.sum(start)).sum::<u64>();
     assert_eq!((sum("sirocco_expert_rows_total{"), sum("sirocco_expert_batch_rows_sum")), (rows, rows));
     let all = number("num_hidden_layers") * number("num_local_experts");
     assert_eq!(sum("sirocco_expert_held_experts"), all);
     assert_eq!(sum("sirocco_expert_load_seconds_count"), all);
     for node in ["expert-0", "expert-1"] {
-        assert!(after.value(&format!("sirocco_router_hop_seconds_count{{node=\"{node}\"}}")) > 0.0, "{node}");
+        assert!(after.value(&format!("sirocco_router_hop_seconds_count{{node=\"{node}\"}}")) > 0, "{node}");
     }
     for part in ["attention", "dispatch", "combine", "logits", "sample"] {
-        let seconds = after.value(&format!("sirocco_router_step_part_seconds_total{{part=\"{part}\"}}"));
-        assert!(seconds > 0.0 && seconds < after.value("sirocco_router_step_seconds_sum"), "{part}: {seconds} s");
+        let seconds = after.exact(&format!("sirocco_router_step_part_seconds_total{{part=\"{part}\"}}"));
+        assert!(seconds > 0.0 && seconds < after.exact("sirocco_router_step_seconds_sum"), "{part}: {seconds} s");
     }
 
     let long = json!({"prompt": "x", "max_tokens": 2000, "ignore_eos": true, "stream": true});
     let mut running = post(http, COMPLETIONS, &long);
     assert!(running.event().is_some());
     let waiting = send(http, "POST", COMPLETIONS, "", long.to_string().as_bytes());
-    until("sirocco_router_sequences_waiting", 1.0);
+    until("sirocco_router_sequences_waiting", 1);
     let busy = Scrape::of(http);
-    assert_eq!(busy.value("sirocco_router_sequences_running"), 1.0);
-    assert!(busy.value("sirocco_router_kv_blocks{state=\"used\"}") > 0.0);
+    assert_eq!(busy.value("sirocco_router_sequences_running"), 1);
+    assert!(busy.value("sirocco_router_kv_blocks{state=\"used\"}") > 0);
     assert_eq!(post(http, COMPLETIONS, &long).status, 429);
     assert_eq!(post(http, COMPLETIONS, &json!({"prompt": "x", "temperature": 9})).status, 400);
     assert_eq!(post(http, COMPLETIONS, &json!({"prompt": "x", "model": "other"})).status, 404);
     drop((running, waiting));
-    until(&requests("http", "cancelled", ""), 2.0);
-    until("sirocco_router_sequences_waiting", 0.0);
-    until("sirocco_router_sequences_running", 0.0);
-    until("sirocco_router_kv_blocks{state=\"used\"}", 0.0);
+    until(&requests("http", "cancelled", ""), 2);
+    until("sirocco_router_sequences_waiting", 0);
+    until("sirocco_router_sequences_running", 0);
+    until("sirocco_router_kv_blocks{state=\"used\"}", 0);
     let rest = Scrape::of(http);
-    for (reason, count) in [("queue_full", 1.0), ("invalid", 1.0), ("unknown_model", 1.0), ("not_ready", 0.0)] {
+    for (reason, count) in [("queue_full", 1), ("invalid", 1), ("unknown_model", 1), ("not_ready", 0)] {
         assert_eq!(rest.value(&requests("http", "refused", reason)), count, "{reason}");
     }
-    assert_eq!(rest.sum("sirocco_router_requests_total{"), 9.0);
-    assert_eq!(rest.value("sirocco_router_request_seconds_count"), 6.0, "refused requests are left out");
+    assert_eq!(rest.sum("sirocco_router_requests_total{"), 9);
+    assert_eq!(rest.value("sirocco_router_request_seconds_count"), 6, "refused requests are left out");
 
     let coordinator = Scrape::of(&cluster.coordinators[0].http);
-    assert_eq!(coordinator.value("sirocco_coordinator_leader"), 1.0);
-    assert_eq!(coordinator.value("sirocco_coordinator_members{role=\"expert\",state=\"ready\"}"), 2.0);
-    assert_eq!(coordinator.value("sirocco_coordinator_operations_total{kind=\"lead\",outcome=\"done\"}"), 1.0);
-    assert!(coordinator.value("sirocco_coordinator_plan_seconds_count") >= 1.0);
+    assert_eq!(coordinator.value("sirocco_coordinator_leader"), 1);
+    assert_eq!(coordinator.value("sirocco_coordinator_members{role=\"expert\",state=\"ready\"}"), 2);
+    assert_eq!(coordinator.value("sirocco_coordinator_operations_total{kind=\"lead\",outcome=\"done\"}"), 1);
+    assert!(coordinator.value("sirocco_coordinator_plan_seconds_count") >= 1);
     let epoch = coordinator.value("sirocco_coordinator_epoch{placement=\"serving\"}");
-    assert!(epoch >= 1.0 && rest.value("sirocco_router_epoch") == epoch);
+    assert!(epoch >= 1 && rest.value("sirocco_router_epoch") == epoch);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -183,14 +183,14 @@ async fn experts_that_do_not_answer_are_counted_by_node_and_the_request_as_faile
     for api in ["grpc", "http"] {
         let failed =
             format!("sirocco_router_requests_total{{api=\"{api}\",outcome=\"failed\",reason=\"unavailable\"}}");
-        assert_eq!(after.value(&failed), 1.0, "{api}");
+        assert_eq!(after.value(&failed), 1, "{api}");
     }
-    assert!(after.sum("sirocco_router_expert_refusals_total{") > 0.0);
-    assert!(after.sum("sirocco_router_retries_total{") > 0.0);
+    assert!(after.sum("sirocco_router_expert_refusals_total{") > 0);
+    assert!(after.sum("sirocco_router_retries_total{") > 0);
 }
 
 #[test]
-fn the_dashboard_and_the_alerts_ask_only_for_metrics_that_exist() {
+fn the_dashboard_and_the_alerts_ask_only_for_metrics_that_exist_and_each_alert_comes() {
     let documented = documented();
     let read = |path: &str| std::fs::read_to_string(repository(path)).unwrap();
     let (dashboard, alerts) = (read("deploy/grafana/sirocco.json"), read("deploy/prometheus/alerts.yml"));
@@ -217,4 +217,10 @@ fn the_dashboard_and_the_alerts_ask_only_for_metrics_that_exist() {
     for rules in [file, repository("deploy/prometheus/alerts.yml")] {
         promtool(&["check", "rules", rules.to_str().unwrap()], "");
     }
+    let tests = repository("deploy/prometheus/alerts_test.yml");
+    let tested = read("deploy/prometheus/alerts_test.yml");
+    for alert in alerts.lines().filter_map(|line| line.trim().strip_prefix("- alert: ")) {
+        assert!(tested.contains(&format!("alertname=\"{alert}\"")), "no test has {alert} come");
+    }
+    promtool(&["test", "rules", tests.to_str().unwrap()], "");
 }

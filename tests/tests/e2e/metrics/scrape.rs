@@ -59,13 +59,18 @@ impl Scrape {
     }
 
     /// The value of `series`, written as it is shown. 0 when there is none.
-    pub(super) fn value(&self, series: &str) -> f64 {
+    pub(super) fn exact(&self, series: &str) -> f64 {
         self.samples.iter().find(|(name, _)| name == series).map_or(0.0, |(_, value)| *value)
     }
 
-    /// The sum of all series that start with `start`.
-    pub(super) fn sum(&self, start: &str) -> f64 {
-        self.samples.iter().filter(|(name, _)| name.starts_with(start)).map(|(_, value)| value).sum()
+    /// The value of `series`, a count.
+    pub(super) fn value(&self, series: &str) -> u64 {
+        self.exact(series) as u64
+    }
+
+    /// The sum of all series that start with `start`, counts.
+    pub(super) fn sum(&self, start: &str) -> u64 {
+        self.samples.iter().filter(|(name, _)| name.starts_with(start)).map(|(_, value)| *value as u64).sum()
     }
 }
 
