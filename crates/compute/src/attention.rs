@@ -5,6 +5,8 @@
 //! batching with others changes no bit. Within a block keys lie transposed, so that the lanes of a vector are different keys.
 
 use crate::Pool;
+use crate::exp::exp;
+use crate::wide::wide;
 
 /// Tokens in one block of the cache.
 pub const BLOCK_TOKENS: usize = 16;
@@ -75,20 +77,9 @@ pub fn attend(shape: &AttentionShape, q: &[f32], queries: &[Query], kv: KvBlocks
     out
 }
 
-/// Attends one token with the best instructions this machine has.
-fn one(shape: &AttentionShape, q: &[f32], query: &Query, kv: KvBlocks, out: &mut [f32]) {
-    #[cfg(target_arch = "x86_64")]
-    if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-        /// The same code, compiled for wider registers and fused multiply-adds in hardware.
-        #[target_feature(enable = "avx2,fma")]
-        fn wide(shape: &AttentionShape, q: &[f32], query: &Query, kv: KvBlocks, out: &mut [f32]) {
-            heads(shape, q, query, kv, out);
-        }
-        // SAFETY: AVX2 and FMA were just found.
-        unsafe { wide(shape, q, query, kv, out) };
-        return;
-    }
-    heads(shape, q, query, kv, out);
+wide! {
+    /// Attends one token.
+    fn one(shape: &AttentionShape, q: &[f32], query: &Query, kv: KvBlocks, out: &mut [f32]) = heads
 }
 
 #[expect(clippy::inline_always, reason = "compiled once per instruction set, inside the caller that enables it")]
@@ -123,20 +114,19 @@ fn one_head(shape: &AttentionShape, q: &[f32], query: &Query, kv_head: usize, kv
                 *score = q.mul_add(*key, *score);
             }
         }
-        let scores = &mut scores[seen.clone()];
-        let mut new_max = max;
-        for score in scores.iter_mut() {
+        for score in &mut scores {
             *score *= scale;
-            new_max = new_max.max(*score);
         }
-        let shrink = libm::expf(max - new_max);
+        let new_max = scores[seen.clone()].iter().copied().fold(max, f32::max);
+        let shrink = exp(max - new_max);
         max = new_max;
         sum *= shrink;
         for out in out.iter_mut() {
             *out *= shrink;
         }
-        for (score, value) in scores.iter().zip(values[seen.start * dim..].chunks_exact(dim)) {
-            let weight = libm::expf(score - max);
+        // All at once; what is not seen is not read below.
+        let weights = scores.map(|score| exp(score - max));
+        for (weight, value) in weights[seen.clone()].iter().zip(values[seen.start * dim..].chunks_exact(dim)) {
             sum += weight;
             for (out, value) in out.iter_mut().zip(value) {
                 *out = weight.mul_add(*value, *out);

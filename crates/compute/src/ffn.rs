@@ -1,5 +1,7 @@
 //! One expert: a SwiGLU feed-forward network.
 
+use crate::exp::exp;
+use crate::wide::wide;
 use crate::{PackedMatrix, Pool, matmul};
 
 /// The weights of one expert.
@@ -28,17 +30,30 @@ impl ExpertWeights {
         let mut up = vec![0.0; inter]; // [rows, inter]
         matmul(x, &self.gate, &mut gated, pool);
         matmul(x, &self.up, &mut up, pool);
-        for (gated, up) in gated.iter_mut().zip(&up) {
-            *gated = silu(*gated) * up;
-        }
+        gate(&mut gated, &up);
         let mut out = vec![0.0; rows * self.down.outputs()]; // [rows, hidden]
         matmul(&gated, &self.down, &mut out, pool);
         out
     }
 }
 
+wide! {
+    /// Multiplies the silu of each of `gated` with its `up`.
+    fn gate(gated: &mut [f32], up: &[f32]) = each
+}
+
+#[expect(clippy::inline_always, reason = "compiled once per instruction set, inside the caller that enables it")]
+#[inline(always)]
+fn each(gated: &mut [f32], up: &[f32]) {
+    for (gated, up) in gated.iter_mut().zip(up) {
+        *gated = silu(*gated) * up;
+    }
+}
+
+#[expect(clippy::inline_always, reason = "compiled once per instruction set, inside the caller that enables it")]
+#[inline(always)]
 fn silu(x: f32) -> f32 {
-    x / (1.0 + libm::expf(-x))
+    x / (1.0 + exp(-x))
 }
 
 #[cfg(test)]

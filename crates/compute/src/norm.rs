@@ -1,9 +1,17 @@
 //! Normalisation, softmax and rotary position embedding, each in one fixed order.
 
-/// Divides each row of `x`, `[rows, weight.len()]`, by its root mean square and multiplies it by `weight`.
-///
-/// Source: Root Mean Square Layer Normalization, arXiv 1910.07467.
-pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
+use crate::wide::wide;
+
+wide! {
+    /// Divides each row of `x`, `[rows, weight.len()]`, by its root mean square and multiplies it by `weight`.
+    ///
+    /// Source: Root Mean Square Layer Normalization, arXiv 1910.07467.
+    pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> = normalised
+}
+
+#[expect(clippy::inline_always, reason = "compiled once per instruction set, inside the caller that enables it")]
+#[inline(always)]
+fn normalised(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
     let width = weight.len();
     let mut out = Vec::with_capacity(x.len());
     for row in x.chunks_exact(width) {

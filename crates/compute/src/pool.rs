@@ -55,7 +55,7 @@ impl Pool {
     /// The threads, when there are several and enough to do for them.
     fn worth_it(&self, count: usize, work: usize) -> Option<&ThreadPool> {
         /// Below this many multiply-adds, waking a thread costs more than it saves.
-        const WORTH_IT: usize = 1 << 16;
+        const WORTH_IT: usize = 1 << 22;
         self.threads.as_deref().filter(|_| count > 1 && work >= WORTH_IT)
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use sirocco_compute::{ExpertWeights, Pool};
+use sirocco_compute::{ExpertWeights, Pool, weighted_sum};
 use sirocco_types::{ExpertKey, LayerId, Routing};
 
 use crate::{Checkpoint, CheckpointError};
@@ -30,21 +30,11 @@ pub enum ExpertsError {
     Internal(String),
 }
 
-/// The weighted sum of each token's rows, in the token's own top-k order.
+/// The weighted sum of each token's rows, in the token's own top-k order, never in the order in which they came.
 ///
-/// `rows`: `[tokens * top_k, hidden_size]`, unweighted. Each output is one chain of fused multiply-adds over ascending rank,
-/// from zero, so it does not depend on which row came first.
+/// `rows`: `[tokens * top_k, hidden_size]`, unweighted.
 pub fn combine(rows: &[f32], routing: &Routing, hidden_size: usize) -> Vec<f32> {
-    let mut out = vec![0.0_f32; routing.tokens() * hidden_size]; // [tokens, hidden]
-    let tokens = rows.chunks_exact(routing.top_k * hidden_size).zip(routing.weights.chunks_exact(routing.top_k));
-    for (out, (rows, weights)) in out.chunks_exact_mut(hidden_size).zip(tokens) {
-        for (row, weight) in rows.chunks_exact(hidden_size).zip(weights) {
-            for (out, value) in out.iter_mut().zip(row) {
-                *out = weight.mul_add(*value, *out);
-            }
-        }
-    }
-    out
+    weighted_sum(rows, &routing.weights, routing.top_k, hidden_size)
 }
 
 /// Every expert of a model in this process: the oracle for the cluster.

@@ -6,6 +6,7 @@
 use std::cmp::Ordering;
 use std::collections::BTreeMap;
 
+use sirocco_compute::exp_relative;
 use sirocco_types::SamplingParams;
 
 /// Draws the tokens of one sequence.
@@ -93,38 +94,49 @@ impl Sampler {
         let mut logits = logits.to_vec();
         self.adjust(&mut logits);
         if params.temperature == 0.0 {
-            return best_first(&logits, 1)[0];
+            return best(&logits);
         }
         // [vocab], relative to the most likely token's 1
         let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let weight = |logit: &f32| libm::exp(f64::from(logit - max) / f64::from(params.temperature));
-        let mut weights: Vec<f64> = logits.iter().map(weight).collect();
+        let mut weights = logits.clone();
+        exp_relative(&mut weights, max, params.temperature);
         if params.top_k > 0 && (params.top_k as usize) < weights.len() {
             keep(&mut weights, &best_first(&logits, params.top_k as usize));
         }
         if params.top_p < 1.0 {
             let mut order = best_first(&logits, logits.len());
-            let limit = f64::from(params.top_p) * weights.iter().sum::<f64>();
+            let limit = f64::from(params.top_p) * sum(&weights);
             let mut reached = 0.0;
             let enough = order.iter().position(|id| {
-                reached += weights[*id as usize];
+                reached += f64::from(weights[*id as usize]);
                 reached >= limit
             });
             order.truncate(enough.map_or(order.len(), |last| last + 1));
             keep(&mut weights, &order);
         }
         if params.min_p > 0.0 {
-            weights.iter_mut().filter(|weight| **weight < f64::from(params.min_p)).for_each(|weight| *weight = 0.0);
+            weights.iter_mut().filter(|weight| **weight < params.min_p).for_each(|weight| *weight = 0.0);
         }
-        let target = uniform(params.seed, index) * weights.iter().sum::<f64>();
+        let target = uniform(params.seed, index) * sum(&weights);
         let mut reached = 0.0;
         let chosen = weights.iter().position(|weight| {
-            reached += weight;
+            reached += f64::from(*weight);
             *weight > 0.0 && reached > target
         });
         // Rounding may leave the target just above the sum; the last possible token is then meant.
         chosen.or_else(|| weights.iter().rposition(|weight| *weight > 0.0)).unwrap_or(0) as u32
     }
+}
+
+/// In ascending order.
+fn sum(weights: &[f32]) -> f64 {
+    weights.iter().fold(0.0, |sum, weight| sum + f64::from(*weight))
+}
+
+/// The id of the highest logit; ties go to the lowest id.
+fn best(logits: &[f32]) -> u32 {
+    let better = |best: usize, id: usize| if logits[id].total_cmp(&logits[best]).is_gt() { id } else { best };
+    (1..logits.len()).fold(0, better) as u32
 }
 
 /// The ids of the `count` highest logits, highest first; ties go to the lowest id.
@@ -143,7 +155,7 @@ fn best_first(logits: &[f32], count: usize) -> Vec<u32> {
 }
 
 /// Makes all but `kept` impossible.
-fn keep(weights: &mut [f64], kept: &[u32]) {
+fn keep(weights: &mut [f32], kept: &[u32]) {
     let mut others = vec![true; weights.len()];
     for id in kept {
         others[*id as usize] = false;
