@@ -2,11 +2,11 @@
 
 use std::io::{IsTerminal as _, Read as _, Write as _};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, anyhow, bail};
 use serde::Serialize;
 use sirocco_proto::channel::{self, MAX_MESSAGE_BYTES};
 use sirocco_proto::inference::InferenceServiceClient;
-use sirocco_proto::tonic::{Code, Status};
+use sirocco_proto::tonic::{Code, Request, Status};
 use sirocco_proto::wire::inference as wire;
 use sirocco_proto::wire::inference::generate_response::Event;
 use sirocco_types::{Timings, Usage};
@@ -28,6 +28,9 @@ pub(crate) struct Args {
     /// The model's name; the one served when absent
     #[arg(long, env = "SIROCCO_MODEL_NAME", value_name = "NAME", default_value = "", hide_default_value = true)]
     model: String,
+    /// The API key, where routers want one; best in the environment, because command lines can be read by everybody
+    #[arg(long, env = "SIROCCO_API_KEY", value_name = "KEY", hide_env_values = true)]
+    api_key: Option<String>,
     #[command(flatten)]
     sampling: SamplingArgs,
     /// How to show the completion
@@ -94,7 +97,8 @@ pub(crate) async fn run(args: Args) -> Result<()> {
         (None, _) => wire::generate_request::Prompt::Text(read_stdin()?),
     };
     let shows = args.output == Format::Table || args.output == Format::Wide;
-    let completion = complete(&args.router, args.model, prompt, args.sampling, |text| {
+    let asked = Asked { router: &args.router, model: args.model, api_key: args.api_key, prompt };
+    let completion = complete(asked, args.sampling, |text| {
         if shows {
             show(text);
         }
@@ -107,14 +111,23 @@ pub(crate) async fn run(args: Args) -> Result<()> {
     output::print(&output::one(args.output, &completion, String::new)?)
 }
 
-/// Has the router at `address` complete `prompt`; `text` gets each piece of the text as it comes.
+/// Who is asked for what.
+pub(crate) struct Asked<'a> {
+    /// The router's gRPC address.
+    pub(crate) router: &'a str,
+    /// Empty: the one served.
+    pub(crate) model: String,
+    pub(crate) api_key: Option<String>,
+    pub(crate) prompt: wire::generate_request::Prompt,
+}
+
+/// Has a router complete a prompt; `text` gets each piece of the text as it comes.
 pub(crate) async fn complete(
-    address: &str,
-    model: String,
-    prompt: wire::generate_request::Prompt,
+    asked: Asked<'_>,
     sampling: SamplingArgs,
     mut text: impl FnMut(&str),
 ) -> Result<Completion> {
+    let Asked { router: address, model, api_key, prompt } = asked;
     let channel = channel::connect(address)
         .await
         .map_err(|error| Unreachable(format!("router node {address}: {}", sirocco_process::chain(&error))))?;
@@ -140,6 +153,13 @@ pub(crate) async fn complete(
         trace: None,
         ..Default::default()
     };
+    let mut request = Request::new(request);
+    if let Some(key) = api_key {
+        // Neither the key nor the reason may end up on a screen.
+        let bearer =
+            format!("Bearer {key}").parse().map_err(|_| anyhow!("--api-key: it cannot be sent as a header"))?;
+        request.metadata_mut().insert("authorization", bearer);
+    }
     let failed = |status: Status| refusal(address, &status);
     let mut events = client.generate(request).await.map_err(failed)?.into_inner();
     let mut completion = Completion::default();

@@ -6,6 +6,7 @@ mod bundled;
 mod cluster;
 mod generate;
 mod inspect;
+mod keys;
 mod output;
 mod simulate;
 mod terminal;
@@ -44,6 +45,9 @@ enum Command {
     /// Look at a checkpoint
     #[command(subcommand)]
     Model(inspect::Command),
+    /// Make, list and revoke the API keys of routers
+    #[command(subcommand)]
+    Keys(keys::Command),
     /// Put load on a router node and measure how it is served
     Bench(bench::Args),
     /// Simulate the planner without nodes: how it balances and what it moves
@@ -106,6 +110,7 @@ async fn ask(command: Command, shutdown: &CancellationToken) -> anyhow::Result<(
         Command::Generate(args) => generate::run(args).await,
         Command::Cluster(command) => cluster::run(command, shutdown).await,
         Command::Model(command) => inspect::run(&command),
+        Command::Keys(command) => keys::run(command),
         Command::Bench(args) => bench::run(args).await,
         Command::Simulate(args) => simulate::run(&args),
         Command::Completions { shell } => {

@@ -1,6 +1,8 @@
 //! `sirocco.inference.v1` in domain types: what a client asks of a router node and the events of its stream.
 
-use sirocco_types::{FinishReason, Routing, SamplingParams, Timings, Usage};
+use std::time::Duration;
+
+use sirocco_types::{FinishReason, Priority, Routing, SamplingParams, Timings, Usage};
 
 use crate::Invalid;
 pub use crate::wire::inference::inference_service_client::InferenceServiceClient;
@@ -20,6 +22,10 @@ pub struct GenerateRequest {
     pub seeded: bool,
     /// What to report of the computation.
     pub trace: Trace,
+    /// Beside other requests, as far as the caller may.
+    pub priority: Priority,
+    /// Longest time to the last token that the request itself asks for.
+    pub timeout: Option<Duration>,
     /// The completion's first tokens, which the client has: it goes on after them.
     pub generated: Vec<u32>,
 }
@@ -96,6 +102,15 @@ impl TryFrom<wire::GenerateRequest> for GenerateRequest {
             logprobs: request.logprobs,
         };
         sampling.validate()?;
+        let priority = match wire::Priority::try_from(request.priority) {
+            Ok(wire::Priority::Unspecified | wire::Priority::Normal) => Priority::Normal,
+            Ok(wire::Priority::Low) => Priority::Low,
+            Ok(wire::Priority::High) => Priority::High,
+            Err(_) => return Err(Invalid::new("priority", format!("{}, must be from 0 to 3", request.priority))),
+        };
+        if request.timeout_ms == Some(0) {
+            return Err(Invalid::new("timeout_ms", "0, must be at least 1"));
+        }
         let generated = request.generated_token_ids;
         if !generated.is_empty() && given.seed.is_none() && sampling.temperature > 0.0 {
             return Err(Invalid::new(
@@ -114,6 +129,8 @@ impl TryFrom<wire::GenerateRequest> for GenerateRequest {
             sampling,
             seeded: given.seed.is_some(),
             trace: Trace { logits: trace.logits, routing: trace.routing },
+            priority,
+            timeout: request.timeout_ms.map(Duration::from_millis),
             generated,
         })
     }
@@ -269,6 +286,7 @@ mod tests {
         let request = GenerateRequest::try_from(text("x")).unwrap();
         let expected = SamplingParams { max_tokens: u32::MAX, ..SamplingParams::default() };
         assert_eq!((request.sampling, request.seeded, request.model), (expected, false, None));
+        assert_eq!((request.priority, request.timeout), (Priority::Normal, None));
     }
 
     #[test]
@@ -284,6 +302,8 @@ mod tests {
             (with(wire::SamplingParams { logit_bias: [(1, 101.0)].into(), ..Default::default() }), "logit_bias"),
             (wire::GenerateRequest { max_tokens: Some(0), ..text("x") }, "max_tokens"),
             (wire::GenerateRequest { logprobs: Some(99), ..text("x") }, "logprobs"),
+            (wire::GenerateRequest { priority: 4, ..text("x") }, "priority"),
+            (wire::GenerateRequest { timeout_ms: Some(0), ..text("x") }, "timeout_ms"),
             (wire::GenerateRequest { generated_token_ids: vec![1], ..text("x") }, "sampling.seed"),
             (
                 wire::GenerateRequest {

@@ -39,11 +39,11 @@ impl Default for Services {
 impl Services {
     /// Adds a service.
     #[must_use]
-    pub fn with<S>(mut self, service: S) -> Self
+    pub fn with<S, B>(mut self, service: S) -> Self
     where
         S: tonic::codegen::Service<
                 tonic::codegen::http::Request<tonic::body::Body>,
-                Response = tonic::codegen::http::Response<tonic::body::Body>,
+                Response = tonic::codegen::http::Response<B>,
                 Error = std::convert::Infallible,
             > + tonic::server::NamedService
             + Clone
@@ -51,6 +51,8 @@ impl Services {
             + Sync
             + 'static,
         S::Future: Send + 'static,
+        B: tonic::codegen::Body<Data = bytes::Bytes> + Send + 'static,
+        B::Error: Into<tonic::codegen::StdError>,
     {
         self.names.push(S::NAME);
         self.routes = self.routes.add_service(service);

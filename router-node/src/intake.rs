@@ -2,23 +2,37 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use sirocco_model::{Tokenizer, TokenizerError};
 use sirocco_process::http::Health;
 use sirocco_proto::Invalid;
-use sirocco_proto::inference::{Event, Prompt, Trace};
-use sirocco_types::{ModelIdentity, SamplingParams};
+use sirocco_proto::inference::{Prompt, Trace};
+use sirocco_types::{ModelIdentity, Priority, SamplingParams};
 use tokio::sync::mpsc;
 
-use crate::engine::{self, Engine, GenerateError, SubmitError};
-use crate::scheduler::Flow;
+use crate::callers::{Admission, Callers, Limited, Unidentified};
+use crate::deadline::{Deadline, Overdue};
+use crate::engine::{self, Engine, SubmitError};
+use crate::events::Events;
+use crate::metrics::Metrics;
+use crate::policy::Policy;
+
+/// Longest request id taken from a client.
+const REQUEST_ID_BYTES: usize = 128;
+/// After how long a client may try again when the queue was full.
+const RETRY_FULL: Duration = Duration::from_secs(1);
+/// After how long a client may try again when experts or the router were not available.
+pub(crate) const RETRY_UNAVAILABLE: Duration = Duration::from_secs(5);
 
 /// What the APIs of a router node share.
 #[derive(Debug)]
 pub(crate) struct Intake {
     pub(crate) model: Arc<ModelIdentity>,
     pub(crate) tokenizer: Arc<Tokenizer>,
+    pub(crate) callers: Callers,
+    pub(crate) policy: Policy,
+    pub(crate) metrics: Arc<Metrics>,
     engine: Engine,
     health: Health,
     /// Differs between processes, so that request ids do.
@@ -31,8 +45,6 @@ pub(crate) struct Intake {
 pub(crate) struct Job {
     /// Names it in logs.
     pub(crate) id: String,
-    /// Whose it is, and how urgent.
-    pub(crate) flow: Flow,
     /// From [`Intake::tokens`].
     pub(crate) prompt: Vec<u32>,
     /// The completion's first tokens, which the client has.
@@ -42,8 +54,23 @@ pub(crate) struct Job {
     pub(crate) trace: Trace,
 }
 
-/// What a sequence's client is told.
-pub(crate) type Events = mpsc::Receiver<Result<Event, GenerateError>>;
+/// What holds for all sequences of a request.
+#[derive(Clone, Debug)]
+pub(crate) struct Terms {
+    pub(crate) arrived: Instant,
+    pub(crate) deadline: Deadline,
+    pub(crate) priority: Priority,
+    pub(crate) admission: Arc<Admission>,
+}
+
+/// What a request is called.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct RequestId {
+    /// In logs; made here, so that no two are the same.
+    pub(crate) log: String,
+    /// In answers: the client's own, if it sent one that can be repeated.
+    pub(crate) shown: String,
+}
 
 /// Why a request was not taken in.
 #[derive(Debug, thiserror::Error)]
@@ -55,15 +82,46 @@ pub(crate) enum Refusal {
     #[error("the router is not ready: {0}")]
     NotReady(String),
     #[error(transparent)]
+    Unidentified(#[from] Unidentified),
+    #[error(transparent)]
+    Limited(#[from] Limited),
+    #[error(transparent)]
+    Overdue(#[from] Overdue),
+    #[error(transparent)]
     Submit(#[from] SubmitError),
     #[error("{0}")]
     Internal(String),
 }
 
+impl Refusal {
+    /// After how long the same request may be taken in; none when that is not to be expected.
+    pub(crate) fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Self::Limited(limited) => Some(limited.retry_after),
+            Self::Submit(SubmitError::Full(_)) => Some(RETRY_FULL),
+            Self::NotReady(_) | Self::Submit(SubmitError::Stopped) => Some(RETRY_UNAVAILABLE),
+            _ => None,
+        }
+    }
+}
+
+/// What an intake is made of.
+#[derive(Debug)]
+pub(crate) struct IntakeParts {
+    pub(crate) model: Arc<ModelIdentity>,
+    pub(crate) tokenizer: Arc<Tokenizer>,
+    pub(crate) callers: Callers,
+    pub(crate) policy: Policy,
+    pub(crate) engine: Engine,
+    pub(crate) health: Health,
+    pub(crate) metrics: Arc<Metrics>,
+}
+
 impl Intake {
-    pub(crate) fn new(model: Arc<ModelIdentity>, tokenizer: Arc<Tokenizer>, engine: Engine, health: Health) -> Self {
+    pub(crate) fn new(parts: IntakeParts) -> Self {
+        let IntakeParts { model, tokenizer, callers, policy, engine, health, metrics } = parts;
         let incarnation = sirocco_process::incarnation();
-        Self { model, tokenizer, engine, health, incarnation, requests: AtomicU64::new(0) }
+        Self { model, tokenizer, callers, policy, metrics, engine, health, incarnation, requests: AtomicU64::new(0) }
     }
 
     /// Refuses a model that is not the one served; the empty name means that one.
@@ -95,6 +153,12 @@ impl Intake {
             );
             return Err(Invalid::new("prompt", problem).into());
         }
+        if let Some(most) = self.policy.max_prompt_tokens
+            && ids.len() > most as usize
+        {
+            let problem = format!("it is {} tokens long, this router takes at most {most}", ids.len());
+            return Err(Invalid::new("prompt", problem).into());
+        }
         Ok(ids)
     }
 
@@ -113,14 +177,26 @@ impl Intake {
         Ok(self.tokenizer.check(&ids).map_err(|error| invalid("logit_bias", &error))?)
     }
 
-    /// Hands `jobs`, which arrived at `arrived`, to the engine: all of them or none.
-    pub(crate) fn submit(&self, jobs: Vec<Job>, arrived: Instant) -> Result<Vec<Events>, Refusal> {
+    /// `asked` as far as the router and the context, with `room` after the prompt, go; a request that says more than the router
+    /// allows is refused, one that says nothing (`u32::MAX`) is not.
+    fn max_tokens(&self, asked: u32, room: usize) -> Result<u32, Invalid> {
+        let most = self.policy.max_completion_tokens.unwrap_or(u32::MAX);
+        if asked > most && asked != u32::MAX {
+            return Err(Invalid::new("max_tokens", format!("{asked}, this router generates at most {most}")));
+        }
+        Ok(asked.min(most).min(room as u32))
+    }
+
+    /// Hands `jobs` to the engine: all of them or none.
+    pub(crate) fn submit(&self, jobs: Vec<Job>, terms: &Terms) -> Result<Vec<Events>, Refusal> {
         if let Some(obstacle) = self.health.obstacle() {
             return Err(Refusal::NotReady(obstacle));
         }
         let mut streams = Vec::with_capacity(jobs.len());
         let mut requests = Vec::with_capacity(jobs.len());
-        for Job { id, flow, prompt, generated, mut sampling, trace } in jobs {
+        let Terms { arrived, deadline, priority, ref admission } = *terms;
+        let flow = admission.caller.flow(priority);
+        for Job { id, prompt, generated, mut sampling, trace } in jobs {
             self.check_bias(&sampling)?;
             self.tokenizer.check(&generated).map_err(|error| invalid("generated_token_ids", &error))?;
             let room = self.model.spec.max_position_embeddings - prompt.len();
@@ -128,24 +204,41 @@ impl Intake {
                 let problem = format!("{} tokens, after the prompt there is room for {room}", generated.len());
                 return Err(Invalid::new("generated_token_ids", problem).into());
             }
-            sampling.max_tokens = sampling.max_tokens.min(room as u32);
+            sampling.max_tokens = self.max_tokens(sampling.max_tokens, room)?;
             // Room for every token and the end, so that the engine never waits for a slow client.
             let (events, stream) = mpsc::channel(sampling.max_tokens as usize + 2);
             requests.push(engine::Request { id, flow, prompt, generated, sampling, trace, arrived, events });
-            streams.push(stream);
+            streams.push(Events::new(stream, deadline, Arc::clone(admission)));
         }
         let accepted: Vec<_> = requests.iter().map(|r| (r.id.clone(), r.prompt.len(), r.sampling.max_tokens)).collect();
-        self.engine.submit(requests)?;
+        let tokens = requests.iter().map(|r| r.prompt.len() + r.generated.len()).sum::<usize>() as u32;
+        if let Some(most) = admission.most_tokens()
+            && tokens > most
+        {
+            let problem =
+                format!("{tokens} tokens with all choices, {} may use {most} a minute", admission.caller.name);
+            return Err(Invalid::new("prompt", problem).into());
+        }
+        admission.take_tokens(tokens, Instant::now())?;
+        self.engine.submit(requests).inspect_err(|_| admission.refund_tokens(tokens))?;
         for (request, prompt_tokens, max_tokens) in accepted {
             tracing::debug!(request, prompt_tokens, max_tokens, "accepted");
         }
         Ok(streams)
     }
 
-    /// A name for the next request.
-    pub(crate) fn request_id(&self) -> String {
-        format!("{:x}-{}", self.incarnation, self.requests.fetch_add(1, Ordering::Relaxed))
+    /// Names the next request, whose client calls it `own`.
+    pub(crate) fn request_id(&self, own: Option<&[u8]>) -> RequestId {
+        let log = format!("{:x}-{}", self.incarnation, self.requests.fetch_add(1, Ordering::Relaxed));
+        let shown = own.and_then(plain).map_or_else(|| log.clone(), str::to_owned);
+        RequestId { log, shown }
     }
+}
+
+/// A client's request id, if it can be repeated and logged as it is.
+fn plain(id: &[u8]) -> Option<&str> {
+    let fits = (1..=REQUEST_ID_BYTES).contains(&id.len()) && id.iter().all(u8::is_ascii_graphic);
+    std::str::from_utf8(id).ok().filter(|_| fits)
 }
 
 fn invalid(field: &str, error: &TokenizerError) -> Invalid {

@@ -66,26 +66,35 @@ pub(crate) enum Outcome {
     Invalid,
     /// Not taken in: another model is served here.
     UnknownModel,
+    /// Not taken in: nobody knows who asks.
+    Unidentified,
+    /// Not taken in: the caller has reached a limit of its own.
+    RateLimited,
     /// Not taken in: the queue is full.
     QueueFull,
     /// Not taken in: the router is not ready.
     NotReady,
     /// Not taken in, or broken off: experts do not answer.
     Unavailable,
+    /// Broken off, or never begun: its time was up.
+    Overdue,
     /// Something is broken.
     Internal,
 }
 
 impl Outcome {
     /// All of them, in the order of their values.
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 11] = [
         Self::Ok,
         Self::Cancelled,
         Self::Invalid,
         Self::UnknownModel,
+        Self::Unidentified,
+        Self::RateLimited,
         Self::QueueFull,
         Self::NotReady,
         Self::Unavailable,
+        Self::Overdue,
         Self::Internal,
     ];
 
@@ -96,9 +105,12 @@ impl Outcome {
             Self::Cancelled => ("cancelled", ""),
             Self::Invalid => ("refused", "invalid"),
             Self::UnknownModel => ("refused", "unknown_model"),
+            Self::Unidentified => ("refused", "unidentified"),
+            Self::RateLimited => ("refused", "rate_limited"),
             Self::QueueFull => ("refused", "queue_full"),
             Self::NotReady => ("refused", "not_ready"),
             Self::Unavailable => ("failed", "unavailable"),
+            Self::Overdue => ("failed", "overdue"),
             Self::Internal => ("failed", "internal"),
         }
     }
@@ -109,6 +121,9 @@ impl From<&Refusal> for Outcome {
         match refusal {
             Refusal::UnknownModel { .. } => Self::UnknownModel,
             Refusal::Invalid(_) | Refusal::Submit(SubmitError::TooMany { .. }) => Self::Invalid,
+            Refusal::Unidentified(_) => Self::Unidentified,
+            Refusal::Limited(_) => Self::RateLimited,
+            Refusal::Overdue(_) => Self::Overdue,
             Refusal::Submit(SubmitError::Full(_)) => Self::QueueFull,
             Refusal::NotReady(_) | Refusal::Submit(SubmitError::Stopped) => Self::NotReady,
             Refusal::Internal(_) => Self::Internal,
@@ -121,6 +136,7 @@ impl From<&GenerateError> for Outcome {
         match error {
             GenerateError::TooLarge(_) => Self::Invalid,
             GenerateError::Unavailable(_) => Self::Unavailable,
+            GenerateError::Overdue(_) => Self::Overdue,
             GenerateError::Internal(_) => Self::Internal,
         }
     }
@@ -410,7 +426,7 @@ pub(crate) mod tests {
             assert!(shows(&page, &line("http", 1)), "{outcome:?}");
             assert!(shows(&page, &line("grpc", u8::from(outcome == Outcome::Cancelled))), "{outcome:?}");
         }
-        assert!(shows(&page, "sirocco_router_request_seconds_count 5"), "refused ones are left out");
+        assert!(shows(&page, "sirocco_router_request_seconds_count 6"), "refused ones are left out");
     }
 
     #[test]

@@ -7,11 +7,9 @@ use std::time::{Duration, Instant};
 
 use sirocco_compute::{Pool, cpu_description};
 use sirocco_model::{ChatTemplate, Checkpoint, CheckpointError, KvCache, Model, Tokenizer, TokenizerError};
-use sirocco_process::http::{self, Health};
+use sirocco_process::http::{self, Health, Serving};
 use sirocco_process::metrics::Page;
 use sirocco_process::{BindError, LifeError, NodeArgs, Running, advertised, bind};
-use sirocco_proto::channel::MAX_MESSAGE_BYTES;
-use sirocco_proto::inference::InferenceServiceServer;
 use sirocco_proto::server::Services;
 use sirocco_store::{ClusterState, Keys, LEASE_TTL, Mirror, Registration, Store, StoreError, to_json};
 use sirocco_types::{Device, Member, MemberState, ModelIdentity, ModelSpec, NodeId, NodeIdError, Role};
@@ -20,13 +18,16 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
-use crate::api::Api;
+use crate::api;
+use crate::callers::{Callers, OpenError};
 use crate::dispatch::RemoteExperts;
 use crate::engine::{Engine, EngineLimits, Parts};
-use crate::intake::Intake;
+use crate::intake::{Intake, IntakeParts};
 use crate::load::{ExpertCounts, Reporter};
 use crate::metrics::Metrics;
 use crate::openai::{self, Chat};
+use crate::page;
+use crate::policy::Policy;
 use crate::topology::{self, Topology};
 
 const MAX_SEQUENCES: u32 = 32;
@@ -70,6 +71,9 @@ pub struct Config {
     /// Longest wait for the experts of one layer, in seconds, their move to another node included
     #[arg(long, env = "SIROCCO_EXPERT_TIMEOUT_S", value_name = "SECONDS", default_value_t = EXPERT_TIMEOUT_S)]
     pub expert_timeout_s: u64,
+    /// Who may call, and how much a request may ask for
+    #[command(flatten)]
+    pub policy: Policy,
 }
 
 impl Config {
@@ -87,6 +91,7 @@ impl Config {
             kv_bytes: KV_BYTES,
             overlap_rows: OVERLAP_ROWS,
             expert_timeout_s: EXPERT_TIMEOUT_S,
+            policy: Policy::default(),
         }
     }
 }
@@ -103,6 +108,9 @@ pub enum StartError {
     /// The tokenizer cannot be used.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
+    /// The API keys cannot be used.
+    #[error(transparent)]
+    Keys(#[from] OpenError),
     /// An address is not free.
     #[error(transparent)]
     Bind(#[from] BindError),
@@ -135,6 +143,7 @@ pub async fn start(
     let started = Instant::now();
     let id = NodeId::new(&args.id)?;
     let keys = Keys::new(&args.cluster)?;
+    let (callers, reload) = Callers::open(config.policy.api_keys.as_deref())?;
     let grpc = bind("--grpc", config.grpc).await?;
     let http = bind("--http", config.http).await?;
     let (grpc_at, http_at) = (grpc.local_addr()?, http.local_addr()?);
@@ -173,6 +182,9 @@ pub async fn start(
     tracing::info!(id = %member.id, grpc = %grpc_at, model = identity.name, fingerprint = identity.fingerprint.short(), "joined");
 
     let (tasks, connections) = (TaskTracker::new(), TaskTracker::new());
+    if let Some(reload) = reload {
+        tasks.spawn(reload.run(shutdown.clone()));
+    }
     let states = ClusterState::follow(&mirror, &keys, &tasks);
     let (sender, topology) = watch::channel(Arc::new(Topology::default()));
     let page = Page::new(&health);
@@ -195,14 +207,25 @@ pub async fn start(
     let parts = Parts { model, tokenizer: Arc::clone(&tokenizer), experts, limits, metrics: Arc::clone(&metrics) };
     let (engine, engine_thread) = Engine::start(parts, tokio::runtime::Handle::current())?;
     Metrics::watch(&page, &engine, topology.clone());
-    let intake = Arc::new(Intake::new(Arc::clone(&identity), tokenizer, engine, health.clone()));
+    let serving =
+        Serving { connections: config.policy.max_connections as usize, grace: Duration::from_secs(args.drain_s) };
+    let intake = IntakeParts {
+        model: Arc::clone(&identity),
+        tokenizer,
+        callers,
+        policy: config.policy,
+        engine,
+        health: health.clone(),
+        metrics,
+    };
+    let intake = Arc::new(Intake::new(intake));
     let routes =
-        http::routes(health.clone(), page).merge(openai::routes(Arc::clone(&intake), chat, Arc::clone(&metrics)));
-    let service = InferenceServiceServer::new(Api::new(intake, metrics)).max_encoding_message_size(MAX_MESSAGE_BYTES);
-    let fronts = Fronts { grpc, services: Services::default().with(service), http, routes };
+        http::routes(health.clone(), page).merge(page::routes()).merge(openai::routes(Arc::clone(&intake), chat));
+    let service = api::service(intake);
+    let fronts = Fronts { grpc, services: Services::default().with(service), http, serving, routes };
     let presence = Presence { member, member_key, registration, health: health.clone() };
     let presence = AbortOnDropHandle::new(tokio::spawn(presence.keep(states, topology, shutdown.clone())));
-    let grace = Duration::from_secs(args.drain_s);
+    let grace = serving.grace;
     let life = Life { presence, mirror, tasks, connections, engine_thread, shutdown, grace };
     let life = tokio::spawn(life.run(fronts, health.clone()));
     Ok(Running { id: args.id, grpc: grpc_at, http: http_at, health, life: AbortOnDropHandle::new(life) })
@@ -294,6 +317,7 @@ struct Fronts {
     grpc: TcpListener,
     services: Services,
     http: TcpListener,
+    serving: Serving,
     routes: axum::Router,
 }
 
@@ -311,9 +335,9 @@ struct Life {
 impl Life {
     /// Serves until the shutdown, then finishes the requests under way, leaves the cluster and ends.
     async fn run(self, fronts: Fronts, health: Health) -> Result<(), LifeError> {
-        let Fronts { grpc, services, http, routes } = fronts;
+        let Fronts { grpc, services, http, serving, routes } = fronts;
         let reports = AbortOnDropHandle::new(tokio::spawn(services.health().follow(health.subscribe())));
-        let http = http::serve_routes(http, routes, self.shutdown.clone(), self.grace);
+        let http = http::serve_routes(http, routes, self.shutdown.clone(), serving);
         let (served, answered) = tokio::join!(services.serve(grpc, self.shutdown.clone(), self.grace), http);
 
         health.not_ready("stopping");

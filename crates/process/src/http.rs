@@ -1,6 +1,7 @@
 //! The small HTTP server beside every gRPC one: whether the process lives, whether it can do its work, and why not, and its
 //! metrics. A node may have it serve more.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -8,17 +9,38 @@ use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::get;
-use axum::serve::ListenerExt as _;
 use axum::{Json, Router};
+use hyper::server::conn::http1;
+use hyper::service::{Service as _, service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
 use serde_json::{Value, json};
-use tokio::net::TcpListener;
-use tokio::sync::watch;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::metrics::{self, Page};
 
-/// How long answers under way may take once the server is asked to end.
-const GRACE: Duration = Duration::from_secs(2);
+/// How a server of health alone is served.
+const SMALL: Serving = Serving { connections: 256, grace: Duration::from_secs(2) };
+/// How long a client may take to send the head of a request, its first and each next one on a connection.
+const HEAD: Duration = Duration::from_secs(30);
+/// Pause after the system refused a connection, for others to end.
+const BACKOFF: Duration = Duration::from_millis(100);
+
+/// What a server may take.
+#[derive(Clone, Copy, Debug)]
+pub struct Serving {
+    /// Connections at once; more wait until one ends.
+    pub connections: usize,
+    /// How long answers under way may take once the server is asked to end.
+    pub grace: Duration,
+}
+
+/// Where a request comes from: an extension of every request.
+#[derive(Clone, Copy, Debug)]
+pub struct Peer(pub SocketAddr);
 
 /// What the endpoints report. Cheap to clone; starts as not ready.
 #[derive(Clone, Debug)]
@@ -89,7 +111,7 @@ pub async fn serve(
     page: Page,
     shutdown: CancellationToken,
 ) -> std::io::Result<()> {
-    serve_routes(listener, routes(health, page), shutdown, GRACE).await
+    serve_routes(listener, routes(health, page), shutdown, SMALL).await
 }
 
 /// `/live`, `/ready`, `/health` and, with what is on `page`, `/metrics`, for a node to add its own to.
@@ -102,26 +124,72 @@ pub fn routes(health: Health, page: Page) -> Router {
         .route("/metrics", get(async move || scrape(&page)))
 }
 
-/// Serves `routes` on `listener` until `shutdown`; answers under way may then take `grace`.
+/// Serves `routes` on `listener` until `shutdown`; answers under way may then go on as long as `serving` says.
 pub async fn serve_routes(
     listener: TcpListener,
     routes: Router,
     shutdown: CancellationToken,
-    grace: Duration,
+    serving: Serving,
 ) -> std::io::Result<()> {
-    let listener = listener.tap_io(|stream| {
+    let places = Arc::new(Semaphore::new(serving.connections));
+    let mut connections = JoinSet::new();
+    let mut place = None;
+    loop {
+        tokio::select! {
+            () = shutdown.cancelled() => break,
+            Some(_) = connections.join_next() => {}
+            free = Arc::clone(&places).acquire_owned(), if place.is_none() => place = free.ok(),
+            accepted = listener.accept(), if place.is_some() => match (accepted, place.take()) {
+                (Ok((stream, peer)), Some(place)) => {
+                    let connection = Connection { stream, peer: Peer(peer), place };
+                    connections.spawn(connection.serve(routes.clone(), shutdown.clone()));
+                }
+                (Err(error), _) => {
+                    tracing::debug!(%error, "a connection was not accepted");
+                    tokio::time::sleep(BACKOFF).await;
+                }
+                (Ok(_), None) => {}
+            },
+        }
+    }
+    drop(listener);
+    // A client that never finishes its request must not hold up the end.
+    let ended = async { while connections.join_next().await.is_some() {} };
+    let _ = tokio::time::timeout(serving.grace, ended).await;
+    Ok(())
+}
+
+/// A client that has connected.
+struct Connection {
+    stream: TcpStream,
+    peer: Peer,
+    place: OwnedSemaphorePermit,
+}
+
+impl Connection {
+    /// Answers until the client leaves, or until the answer under way at `shutdown` is whole.
+    async fn serve(self, routes: Router, shutdown: CancellationToken) {
+        let Self { stream, peer, place: _place } = self;
         // A connection that refuses the option still works, only slower.
         let _ = stream.set_nodelay(true);
-    });
-    let server = axum::serve(listener, routes).with_graceful_shutdown(shutdown.clone().cancelled_owned());
-    // A client that never finishes its request must not hold up the end.
-    let overdue = async {
-        shutdown.cancelled().await;
-        tokio::time::sleep(grace).await;
-    };
-    tokio::select! {
-        result = server => result,
-        () = overdue => Ok(()),
+        let routes = TowerToHyperService::new(routes);
+        let service = service_fn(move |mut request| {
+            hyper::Request::extensions_mut(&mut request).insert(peer);
+            routes.call(request)
+        });
+        let mut builder = http1::Builder::new();
+        builder.timer(TokioTimer::new()).header_read_timeout(HEAD);
+        let mut connection = std::pin::pin!(builder.serve_connection(TokioIo::new(stream), service));
+        let result = tokio::select! {
+            result = &mut connection => result,
+            () = shutdown.cancelled() => {
+                connection.as_mut().graceful_shutdown();
+                connection.await
+            }
+        };
+        if let Err(error) = result {
+            tracing::debug!(%error, "a connection ended");
+        }
     }
 }
 
@@ -154,13 +222,11 @@ async fn report(State(health): State<Health>) -> Json<Value> {
 #[cfg(test)]
 mod tests {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-    use tokio::net::TcpStream;
-    use tokio::task::JoinSet;
 
     use super::*;
 
     /// A server on a free port, its health, and what ends it.
-    async fn start(tasks: &mut JoinSet<std::io::Result<()>>) -> (std::net::SocketAddr, Health, CancellationToken) {
+    async fn start(tasks: &mut JoinSet<std::io::Result<()>>) -> (SocketAddr, Health, CancellationToken) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let (address, health) = (listener.local_addr().unwrap(), Health::new("coordinator", "c-0"));
         let shutdown = CancellationToken::new();
@@ -170,7 +236,7 @@ mod tests {
     }
 
     /// Status line and body of the answer for `path`.
-    async fn get(address: std::net::SocketAddr, path: &str) -> (String, String) {
+    async fn get(address: SocketAddr, path: &str) -> (String, String) {
         let mut stream = TcpStream::connect(address).await.unwrap();
         stream.write_all(format!("GET {path} HTTP/1.0\r\n\r\n").as_bytes()).await.unwrap();
         let mut answer = String::new();
@@ -199,6 +265,24 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_connection_without_a_place_waits_until_one_ends() {
+        let mut tasks = JoinSet::new();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let serving = Serving { connections: 1, ..SMALL };
+        let health = Health::new("coordinator", "c-0");
+        let routes = routes(health.clone(), Page::new(&health));
+        tasks.spawn(serve_routes(listener, routes, CancellationToken::new(), serving));
+        let mut first = TcpStream::connect(address).await.unwrap();
+        first.write_all(b"GET /live HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
+        first.read_exact(&mut [0; 12]).await.unwrap();
+        let mut second = std::pin::pin!(get(address, "/live"));
+        assert!(tokio::time::timeout(Duration::from_millis(50), &mut second).await.is_err());
+        drop(first);
+        assert_eq!(second.await.0, "200 OK");
+    }
+
+    #[tokio::test]
     async fn a_client_that_stalls_does_not_hold_up_the_end() {
         let mut tasks = JoinSet::new();
         let (address, _, shutdown) = start(&mut tasks).await;
@@ -207,7 +291,7 @@ mod tests {
         // A whole answer to a later client: the first connection has been accepted by then.
         get(address, "/live").await;
         shutdown.cancel();
-        let ended = tokio::time::timeout(2 * GRACE, tasks.join_next()).await;
+        let ended = tokio::time::timeout(2 * SMALL.grace, tasks.join_next()).await;
         assert!(matches!(ended, Ok(Some(Ok(Ok(()))))), "{ended:?}");
     }
 }

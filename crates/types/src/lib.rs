@@ -10,6 +10,7 @@ mod member;
 mod model;
 mod operation;
 mod placement;
+mod priority;
 mod routing;
 mod sampling;
 
@@ -20,5 +21,6 @@ pub use member::{Device, ExpertHoldings, Member, MemberState, RefusedExpert, Rol
 pub use model::{Dtype, Fingerprint, FingerprintError, ModelIdentity, ModelSpec};
 pub use operation::{Cordon, EpochAbout, MinReplicas, Move, Operation, OperationKind, OperationState};
 pub use placement::{EpochRef, LayerPlacement, Placement, PlacementKind};
+pub use priority::Priority;
 pub use routing::Routing;
 pub use sampling::{FinishReason, SamplingParams, SamplingParamsError, Timings, Usage, limits};

@@ -59,6 +59,7 @@ impl InProcess {
         for index in 0..args.routers {
             let mut config = sirocco_router_node::Config::new(model.to_owned());
             config.threads = args.threads;
+            config.policy = args.policy.clone();
             if index == 0 {
                 config.grpc = listener(args, args.grpc, 8001);
                 config.http = listener(args, args.http, 8000);

@@ -9,12 +9,13 @@ use std::time::Duration;
 
 use anyhow::{Result, bail};
 use sirocco_proto::wire::inference::generate_request::Prompt;
+use sirocco_router_node::Policy;
 use sirocco_store::EtcdArgs;
 use tokio_util::sync::CancellationToken;
 
 use crate::bundled;
 use crate::cluster::{NODE_COLUMNS, NodeView, list_nodes, problems};
-use crate::generate::{SamplingArgs, complete, show};
+use crate::generate::{Asked, SamplingArgs, complete, show};
 use crate::output::table;
 
 /// How long a cluster may take to be ready before what it waits for is said, and said again when it changes.
@@ -33,7 +34,7 @@ pub(crate) struct Args {
     #[arg(long, env = "SIROCCO_ROUTERS", value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
     pub(crate) routers: u16,
     /// Complete this prompt, print the completion, and stop
-    #[arg(long, env = "SIROCCO_PROMPT", value_name = "TEXT")]
+    #[arg(long, env = "SIROCCO_PROMPT", value_name = "TEXT", conflicts_with = "api_keys")]
     pub(crate) prompt: Option<String>,
     #[command(flatten)]
     pub(crate) sampling: SamplingArgs,
@@ -61,6 +62,8 @@ pub(crate) struct Args {
     /// Longest wait, in seconds, for work under way to finish when stopping
     #[arg(long, env = "SIROCCO_DRAIN_S", value_name = "SECONDS", default_value_t = 20)]
     pub(crate) drain_s: u64,
+    #[command(flatten)]
+    pub(crate) policy: Policy,
     #[command(flatten)]
     pub(crate) etcd: EtcdArgs,
 }
@@ -142,14 +145,15 @@ async fn serve(args: &Args, addresses: &Addresses, shutdown: &CancellationToken)
     };
     eprintln!("ready");
     let prompt = Prompt::Text(prompt.clone());
-    let completion = complete(&addresses.router, String::new(), prompt, args.sampling.clone(), show);
+    let asked = Asked { router: &addresses.router, model: String::new(), api_key: None, prompt };
+    let completion = complete(asked, args.sampling.clone(), show);
     tokio::select! {
         completion = completion => completion.map(|_| println!()),
         () = shutdown.cancelled() => bail!("interrupted"),
     }
 }
 
-/// What runs where, and the lines to copy to talk to it.
+/// What runs where, where its page is, and the lines to copy to talk to it.
 async fn describe(addresses: &Addresses) -> Result<String> {
     let nodes = list_nodes(&addresses.coordinator).await?;
     let rows: Vec<Vec<String>> = nodes.iter().map(NodeView::row).collect();
@@ -157,6 +161,7 @@ async fn describe(addresses: &Addresses) -> Result<String> {
     let program = program();
     Ok(format!(
         "{}\n\n\
+         page: http://{router_http}/\n\n\
          {program} generate --router {router} \"In the beginning God\" --max-tokens 48 --temperature 0\n\
          {program} status --coordinator {coordinator}\n\
          {program} placement show --coordinator {coordinator}\n\

@@ -43,7 +43,9 @@ impl Processes {
         for index in 0..args.routers {
             let grpc = if index == 0 { listener(args, args.grpc, 8001).to_string() } else { ANY.to_owned() };
             let http = if index == 0 { listener(args, args.http, 8000).to_string() } else { ANY.to_owned() };
-            let flags = ["--model", model, "--grpc", &grpc, "--http", &http];
+            let policy = args.policy.flags();
+            let mut flags = vec!["--model", model, "--grpc", &grpc, "--http", &http];
+            flags.extend(policy.iter().map(String::as_str));
             self.spawn(args, "router-node", format!("router-{index}"), &flags)?;
         }
         let capacity = (sirocco_expert_node::default_capacity() / u64::from(args.expert_nodes)).to_string();

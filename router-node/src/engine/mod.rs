@@ -20,6 +20,7 @@ use sirocco_types::SamplingParams;
 use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 
+use crate::deadline::Overdue;
 use crate::metrics::Metrics;
 use crate::scheduler::{Chunk, Counts, Flow, Limits, Scheduler, SequenceId, Step, Submission, TooLarge};
 use sequence::Sequence;
@@ -71,6 +72,9 @@ pub(crate) enum GenerateError {
     /// It can never run here.
     #[error("{0}")]
     TooLarge(#[from] TooLarge),
+    /// Its time is over.
+    #[error("{0}")]
+    Overdue(#[from] Overdue),
     /// Experts did not answer.
     #[error("{0}")]
     Unavailable(String),

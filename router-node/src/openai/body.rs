@@ -8,11 +8,11 @@ use axum::http::StatusCode;
 use futures::StreamExt as _;
 use serde::Deserialize;
 use serde_json::Value;
+use sirocco_types::Priority;
 
 use super::problem::Problem;
+use crate::policy::Policy;
 
-/// Longest body, in bytes.
-pub(super) const BODY_BYTES: usize = 4 << 20;
 /// Of a longer body this much more is read and thrown away, so that a client that is still writing sees the refusal.
 const DISCARDED_BYTES: usize = 64 << 20;
 
@@ -47,7 +47,12 @@ pub(super) struct Fields {
     pub(super) top_logprobs: Option<u32>,
     pub(super) echo: Option<bool>,
     pub(super) return_token_ids: Option<bool>,
+    /// Of every token, by layer, which experts it went through.
+    pub(super) return_experts: Option<bool>,
     pub(super) stream: Option<bool>,
+    pub(super) priority: Option<Priority>,
+    /// In seconds.
+    pub(super) timeout: Option<f64>,
     pub(super) stream_options: Option<StreamOptions>,
     response_format: Option<ResponseFormat>,
     tools: Value,
@@ -71,17 +76,22 @@ struct ResponseFormat {
     r#type: String,
 }
 
-/// Reads a request. Errors: 413 when it is too long, 400 when it is not JSON or a field has the wrong type, saying where.
-pub(super) async fn read(body: Body) -> Result<Fields, Problem> {
-    parse(&bytes(body).await?)
+/// Reads a request. Errors: 413 when it is too long, 408 when it comes too slowly, 400 when it is not JSON or a field has the wrong type, saying where.
+pub(super) async fn read(body: Body, policy: &Policy) -> Result<Fields, Problem> {
+    let arrived = tokio::time::timeout(policy.body_timeout(), bytes(body, policy.max_body_bytes)).await;
+    let late = |_| {
+        let message = format!("the body did not arrive within {} s", policy.body_timeout_s);
+        Problem::new(StatusCode::REQUEST_TIMEOUT, message)
+    };
+    parse(&arrived.map_err(late)??)
 }
 
-async fn bytes(body: Body) -> Result<Vec<u8>, Problem> {
+async fn bytes(body: Body, most: usize) -> Result<Vec<u8>, Problem> {
     let (mut bytes, mut discarded) = (Vec::new(), 0);
     let mut pieces = body.into_data_stream();
     while let Some(piece) = pieces.next().await {
         let piece = piece.map_err(|error| Problem::new(StatusCode::BAD_REQUEST, format!("the body: {error}")))?;
-        if discarded == 0 && bytes.len() + piece.len() <= BODY_BYTES {
+        if discarded == 0 && bytes.len() + piece.len() <= most {
             bytes.extend_from_slice(&piece);
             continue;
         }
@@ -92,7 +102,7 @@ async fn bytes(body: Body) -> Result<Vec<u8>, Problem> {
         }
     }
     if discarded > 0 {
-        let message = format!("the body is too long, it may have at most {BODY_BYTES} bytes");
+        let message = format!("the body is too long, it may have at most {most} bytes");
         return Err(Problem::new(StatusCode::PAYLOAD_TOO_LARGE, message));
     }
     Ok(bytes)
@@ -177,6 +187,8 @@ mod tests {
     fn a_wrong_type_names_its_field_and_bad_json_its_place() {
         let cases = [
             (r#"{"temperature": "hot"}"#, Some("temperature"), "invalid type"),
+            (r#"{"priority": "urgent"}"#, Some("priority"), "unknown variant"),
+            (r#"{"timeout": "1m"}"#, Some("timeout"), "f64"),
             (r#"{"max_tokens": -1}"#, Some("max_tokens"), "u32"),
             (r#"{"stream_options": {"include_usage": 3}}"#, Some("stream_options.include_usage"), "bool"),
             (r#"{"logit_bias": {"5": "x"}}"#, Some("logit_bias.5"), "f32"),
@@ -193,11 +205,12 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_body_may_have_four_mebibytes_and_no_more() {
+    async fn a_body_may_have_as_many_bytes_as_the_policy_says() {
+        let policy = Policy { max_body_bytes: 4096, ..Policy::default() };
         let padded = |bytes: usize| format!("{{{}}}", " ".repeat(bytes - 2));
-        assert!(read(padded(BODY_BYTES).into()).await.is_ok());
-        let problem = read(padded(BODY_BYTES + 1).into()).await.unwrap_err();
+        assert!(read(padded(4096).into(), &policy).await.is_ok());
+        let problem = read(padded(4097).into(), &policy).await.unwrap_err();
         assert_eq!(problem.status.as_u16(), 413);
-        assert!(problem.message.contains("4194304"), "{}", problem.message);
+        assert!(problem.message.contains("4096"), "{}", problem.message);
     }
 }

@@ -23,6 +23,8 @@ pub(super) struct Report {
     /// Log probabilities, of tokens as this writes them.
     pub(super) logprobs: Option<Arc<Tokenizer>>,
     pub(super) token_ids: bool,
+    /// The experts of every token, of which this writes the text.
+    pub(super) experts: Option<Arc<Tokenizer>>,
     pub(super) stream: bool,
 }
 
@@ -71,7 +73,7 @@ impl Choice {
 
     /// Whether `piece` has something to say.
     pub(super) fn says(&self, piece: &Piece) -> bool {
-        let tokens_count = self.report.logprobs.is_some() || self.report.token_ids;
+        let tokens_count = self.report.logprobs.is_some() || self.report.token_ids || self.report.experts.is_some();
         let text = piece.tokens.iter().any(|token| !token.text.is_empty()) || !piece.tail.is_empty();
         text || piece.reason.is_some() || !self.echo.is_empty() || (tokens_count && !piece.tokens.is_empty())
     }
@@ -109,8 +111,21 @@ impl Choice {
                 said["prompt_token_ids"] = std::mem::take(&mut self.prompt).into();
             }
         }
+        if let Some(writer) = &self.report.experts {
+            said["experts"] = piece.tokens.iter().map(|token| experts(token, writer)).collect();
+        }
         said
     }
+}
+
+/// By layer, the experts and weights of the position that `token` was drawn from, strongest first.
+fn experts(token: &Token, writer: &Tokenizer) -> Value {
+    let last = token.routing.iter().filter_map(|layer| Some(layer.of(layer.tokens().checked_sub(1)?)));
+    let layers = last.map(|(ids, weights)| {
+        let ids: Vec<u32> = ids.iter().map(|id| id.0).collect();
+        json!({"ids": ids, "weights": weights})
+    });
+    json!({"token_id": token.id, "text": writer.token_text(token.id), "layers": layers.collect::<Vec<_>>()})
 }
 
 /// Of a completion: parallel lists, offsets in characters.

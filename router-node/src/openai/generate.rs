@@ -2,7 +2,7 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use axum::Json;
 use axum::body::Body;
@@ -13,18 +13,18 @@ use futures::stream::{Peekable, SelectAll, select_all};
 use futures::{Stream, StreamExt as _};
 use sirocco_proto::inference::{Event, Prompt, Trace};
 use sirocco_types::Usage;
-use tokio_stream::wrappers::ReceiverStream;
 
 use super::answer::Head;
 use super::body::Fields;
 use super::choice::{Choice, Kind, Piece, Report};
 use super::problem::Problem;
-use super::sampling::{CHOICES, Drawing, drawing};
-use super::{Api, RequestId, body, prompts, stream};
+use super::sampling::{Drawing, drawing};
+use super::{Api, body, prompts, stream};
+use crate::callers::Caller;
+use crate::deadline::Deadline;
 use crate::engine::GenerateError;
-use crate::intake::Job;
+use crate::intake::{Job, Refusal, RequestId, Terms};
 use crate::metrics::{Outcome, Tracked};
-use crate::scheduler::Flow;
 
 /// The events of all choices, each with its choice's index, as they come.
 pub(super) type Events = Pin<Box<Peekable<SelectAll<ChoiceEvents>>>>;
@@ -44,11 +44,11 @@ pub(super) struct Call {
 
 /// What a request asks, but for what is to be completed.
 struct Asked {
-    id: String,
+    id: RequestId,
     kind: Kind,
     fields: Fields,
     drawing: Drawing,
-    arrived: Instant,
+    terms: Terms,
     tracked: Tracked,
 }
 
@@ -61,15 +61,21 @@ struct Tokens {
 /// `POST /v1/completions`
 pub(super) async fn completions(
     State(api): State<Api>,
-    Extension(RequestId(id)): Extension<RequestId>,
+    Extension(id): Extension<RequestId>,
+    Extension(caller): Extension<Arc<Caller>>,
     Extension(tracked): Extension<Tracked>,
     body: Body,
 ) -> Result<Response, Problem> {
-    let asked = Asked::read(&api, (id, tracked), Kind::Completion, body).await?;
+    let asked = Asked::read(&api, (id, tracked), &caller, Kind::Completion, body).await?;
+    answer(asked.terms.deadline.within(begin_completion(&api, asked)).await?).await
+}
+
+async fn begin_completion(api: &Api, asked: Asked) -> Result<Call, Problem> {
     let prompts = prompts::of_completion(&asked.fields.prompt)?;
-    if prompts.len() * asked.drawing.n > CHOICES {
+    let most = api.intake.policy.max_choices as usize;
+    if prompts.len() * asked.drawing.n > most {
         let (prompts, n) = (prompts.len(), asked.drawing.n);
-        let problem = format!("{prompts} prompts with {n} choices each, there may be {CHOICES} choices in all");
+        let problem = format!("{prompts} prompts with {n} choices each, there may be {most} choices in all");
         return Err(Problem::invalid("prompt", problem));
     }
     let mut tokens = Vec::with_capacity(prompts.len());
@@ -85,17 +91,22 @@ pub(super) async fn completions(
         };
         tokens.push(Tokens { ids, echo });
     }
-    answer(asked.call(&api, tokens)?).await
+    asked.call(api, tokens)
 }
 
 /// `POST /v1/chat/completions`
 pub(super) async fn chat_completions(
     State(api): State<Api>,
-    Extension(RequestId(id)): Extension<RequestId>,
+    Extension(id): Extension<RequestId>,
+    Extension(caller): Extension<Arc<Caller>>,
     Extension(tracked): Extension<Tracked>,
     body: Body,
 ) -> Result<Response, Problem> {
-    let asked = Asked::read(&api, (id, tracked), Kind::Chat, body).await?;
+    let asked = Asked::read(&api, (id, tracked), &caller, Kind::Chat, body).await?;
+    answer(asked.terms.deadline.within(begin_chat(&api, asked)).await?).await
+}
+
+async fn begin_chat(api: &Api, asked: Asked) -> Result<Call, Problem> {
     let messages = prompts::of_chat(&asked.fields.messages)?;
     let chat = Arc::clone(&api.chat);
     // A template may take its time, so it does not run on the I/O runtime.
@@ -109,7 +120,7 @@ pub(super) async fn chat_completions(
     let blame = |refusal| Problem::from(refusal).blamed_on("messages");
     let ids = api.intake.encode(text, false).await.map_err(blame)?;
     let ids = api.intake.tokens(Prompt::Ids(ids)).await.map_err(blame)?;
-    answer(asked.call(&api, vec![Tokens { ids, echo: String::new() }])?).await
+    asked.call(api, vec![Tokens { ids, echo: String::new() }])
 }
 
 impl Call {
@@ -123,25 +134,36 @@ impl Call {
 }
 
 impl Asked {
-    /// Reads and checks `body`.
-    async fn read(api: &Api, (id, tracked): (String, Tracked), kind: Kind, body: Body) -> Result<Self, Problem> {
+    /// Lets the request in, then reads and checks `body`.
+    async fn read(
+        api: &Api,
+        (id, tracked): (RequestId, Tracked),
+        caller: &Arc<Caller>,
+        kind: Kind,
+        body: Body,
+    ) -> Result<Self, Problem> {
         let arrived = Instant::now();
-        let fields = body::read(body).await?;
+        let admission = caller.admit(arrived).map_err(Refusal::from)?;
+        let policy = &api.intake.policy;
+        let fields = body::read(body, policy).await?;
         api.intake.check_model(fields.model.as_deref().unwrap_or_default())?;
         if fields.stream_options.is_some() && fields.stream != Some(true) {
             return Err(Problem::invalid("stream_options", "it needs stream to be true"));
         }
-        let drawing = drawing(kind, &fields)?;
-        Ok(Self { id, kind, fields, drawing, arrived, tracked })
+        let drawing = drawing(kind, &fields, policy)?;
+        let deadline = Deadline::new(arrived, policy.request_timeout(), timeout(&fields)?);
+        let terms = Terms { arrived, deadline, priority: fields.priority.unwrap_or_default(), admission };
+        Ok(Self { id, kind, fields, drawing, terms, tracked })
     }
 
     /// Hands every choice for `prompts` to the engine.
     fn call(self, api: &Api, prompts: Vec<Tokens>) -> Result<Call, Problem> {
-        let Self { id, kind, fields, drawing, arrived, tracked } = self;
+        let Self { id, kind, fields, drawing, terms, tracked } = self;
         let report = Report {
             kind,
             logprobs: drawing.params.logprobs.map(|_| Arc::clone(&api.intake.tokenizer)),
             token_ids: fields.return_token_ids == Some(true),
+            experts: (fields.return_experts == Some(true)).then(|| Arc::clone(&api.intake.tokenizer)),
             stream: fields.stream == Some(true),
         };
         let prompt_tokens = prompts.iter().map(|prompt| prompt.ids.len() as u32).sum();
@@ -151,26 +173,27 @@ impl Asked {
                 let index = jobs.len();
                 let sampling = drawing.choice(index, of_prompt);
                 jobs.push(Job {
-                    id: format!("{id}.{index}"),
-                    flow: Flow::default(),
+                    id: format!("{}.{index}", id.log),
                     prompt: ids.clone(),
                     generated: Vec::new(),
                     sampling,
-                    trace: Trace::default(),
+                    trace: Trace { routing: report.experts.is_some(), ..Trace::default() },
                 });
                 let shown = if report.token_ids { ids.clone() } else { Vec::new() };
                 choices.push(Choice::new(report.clone(), index, shown, echo.clone()));
             }
         }
-        let streams = api.intake.submit(jobs, arrived)?.into_iter().enumerate();
-        let events = streams.map(|(index, events)| -> ChoiceEvents {
-            let ended = futures::stream::once(async { Err(GenerateError::Internal("the engine has ended".into())) });
-            let finished = |event: &Result<Event, GenerateError>| matches!(event, Ok(Event::Finished(_)) | Err(_));
-            let events = until_last(ReceiverStream::new(events).chain(ended), finished);
-            Box::pin(events.map(move |event| (index, event)))
-        });
+        let streams = api.intake.submit(jobs, &terms).map_err(|refusal| {
+            let problem = Problem::from(refusal);
+            let renamed = problem.param.as_deref() == Some("max_tokens") && fields.max_completion_tokens.is_some();
+            if renamed { problem.blamed_on("max_completion_tokens") } else { problem }
+        })?;
+        let events = streams
+            .into_iter()
+            .enumerate()
+            .map(|(index, events)| -> ChoiceEvents { Box::pin(events.map(move |event| (index, event))) });
         Ok(Call {
-            head: Head::new(kind, &id, &api.intake.model),
+            head: Head::new(kind, &id.log, &api.intake.model),
             report,
             choices,
             events: Box::pin(select_all(events).peekable()),
@@ -181,14 +204,13 @@ impl Asked {
     }
 }
 
-/// The items up to and with the first that is the `last`.
-fn until_last<T>(items: impl Stream<Item = T>, last: impl Fn(&T) -> bool) -> impl Stream<Item = T> {
-    let mut ended = false;
-    items.take_while(move |item| {
-        let goes_on = !ended;
-        ended |= last(item);
-        std::future::ready(goes_on)
-    })
+/// The time the request asks for.
+fn timeout(fields: &Fields) -> Result<Option<Duration>, Problem> {
+    let Some(seconds) = fields.timeout else { return Ok(None) };
+    // What is too long for a duration is too long for the router, whose limit then counts.
+    let timeout =
+        if seconds > 0.0 { Some(Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)) } else { None };
+    timeout.map(Some).ok_or_else(|| Problem::invalid("timeout", format!("{seconds} s, must be more than 0")))
 }
 
 /// Waits for the first event, so that a failure before it has its own status, and answers.

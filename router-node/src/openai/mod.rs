@@ -15,22 +15,24 @@ mod sampling;
 mod stream;
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::extract::{Request, State};
-use axum::http::{HeaderName, HeaderValue, Method, StatusCode, Uri};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, header};
 use axum::middleware::{self, Next};
-use axum::response::Response;
+use axum::response::{IntoResponse as _, Response};
 use axum::routing::{get, post};
 use sirocco_model::ChatTemplate;
+use sirocco_process::http::Peer;
 
-use crate::intake::Intake;
-use crate::metrics::{Front, Metrics, Outcome};
+use crate::callers::{Caller, Rate};
+use crate::intake::{Intake, Refusal};
+use crate::metrics::{Front, Outcome};
 use problem::Problem;
+pub(crate) use problem::whole_seconds;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-/// Longest request id taken from a client.
-const REQUEST_ID_BYTES: usize = 128;
 
 /// The checkpoint's chat template, or why there is none to use.
 pub(crate) type Chat = Result<ChatTemplate, String>;
@@ -40,18 +42,13 @@ pub(crate) type Chat = Result<ChatTemplate, String>;
 struct Api {
     intake: Arc<Intake>,
     chat: Arc<Chat>,
-    metrics: Arc<Metrics>,
     /// Seconds since 1970 at which this process began to serve the model.
     created: u64,
 }
 
-/// Names a request in logs and answers.
-#[derive(Clone, Debug)]
-struct RequestId(String);
-
 /// The routes under `/v1`.
-pub(crate) fn routes(intake: Arc<Intake>, chat: Chat, metrics: Arc<Metrics>) -> Router {
-    let api = Api { intake, chat: Arc::new(chat), metrics, created: answer::now() };
+pub(crate) fn routes(intake: Arc<Intake>, chat: Chat) -> Router {
+    let api = Api { intake, chat: Arc::new(chat), created: answer::now() };
     let v1 = Router::new()
         .route("/models", get(models::list))
         .route("/models/{*id}", get(models::one))
@@ -75,7 +72,7 @@ async fn track(State(api): State<Api>, mut request: Request, next: Next) -> Resp
     if request.method() != Method::POST {
         return next.run(request).await;
     }
-    let tracked = api.metrics.request(Front::Http);
+    let tracked = api.intake.metrics.request(Front::Http);
     request.extensions_mut().insert(tracked.clone());
     let response = next.run(request).await;
     if let Some(outcome) = response.extensions().get::<Outcome>() {
@@ -84,21 +81,63 @@ async fn track(State(api): State<Api>, mut request: Request, next: Next) -> Resp
     response
 }
 
-/// Gives each request an id, and its answer the client's own or that one.
+/// Gives each request an id, its answer the client's own or that one, and lets in only whose caller is known.
 async fn identify(State(api): State<Api>, mut request: Request, next: Next) -> Response {
-    let id = api.intake.request_id();
-    let own = request.headers().get(REQUEST_ID).filter(|own| is_plain(own)).cloned();
-    tracing::debug!(request = id, client_id = own.as_ref().and_then(|own| own.to_str().ok()), "over HTTP");
-    let header = own.or_else(|| HeaderValue::from_str(&id).ok());
-    request.extensions_mut().insert(RequestId(id));
-    let mut response = next.run(request).await;
-    if let Some(header) = header {
-        response.headers_mut().insert(REQUEST_ID, header);
+    let headers = request.headers();
+    let id = api.intake.request_id(headers.get(REQUEST_ID).map(HeaderValue::as_bytes));
+    let peer = request.extensions().get::<Peer>().map(|peer| peer.0.ip());
+    let authorization = headers.get(header::AUTHORIZATION).map(HeaderValue::as_bytes);
+    let caller = api.intake.callers.identify(authorization, peer);
+    let name = caller.as_ref().map_or("unknown", |caller| caller.name.as_str());
+    tracing::debug!(request = id.log, client_id = id.shown, caller = name, "over HTTP");
+    let shown = HeaderValue::from_str(&id.shown);
+    let mut response = match caller {
+        Ok(caller) => {
+            request.extensions_mut().insert(id);
+            request.extensions_mut().insert(Arc::clone(&caller));
+            let mut response = next.run(request).await;
+            tell_rates(&caller, response.headers_mut());
+            response
+        }
+        Err(unidentified) => Problem::from(Refusal::from(unidentified)).into_response(),
+    };
+    if let Ok(shown) = shown {
+        response.headers_mut().insert(REQUEST_ID, shown);
     }
     response
 }
 
-/// Whether a client's request id may be repeated and logged as it is.
-fn is_plain(id: &HeaderValue) -> bool {
-    (1..=REQUEST_ID_BYTES).contains(&id.len()) && id.as_bytes().iter().all(u8::is_ascii_graphic)
+/// Says how far the caller's limits are used, in OpenAI's headers.
+fn tell_rates(caller: &Caller, headers: &mut HeaderMap) {
+    for Rate { of, limit, remaining, reset } in caller.rates(Instant::now()) {
+        let values = [("limit", limit.to_string()), ("remaining", remaining.to_string()), ("reset", duration(reset))];
+        for (what, value) in values {
+            let name = HeaderName::try_from(format!("x-ratelimit-{what}-{of}"));
+            if let (Ok(name), Ok(value)) = (name, HeaderValue::try_from(value)) {
+                headers.insert(name, value);
+            }
+        }
+    }
+}
+
+/// As OpenAI's headers have it: `20ms`, `1.5s`, `6m0s`.
+fn duration(time: Duration) -> String {
+    match time.as_millis() {
+        ms @ ..1000 => format!("{ms}ms"),
+        ms @ 1000..60_000 => format!("{}s", ms as f64 / 1e3),
+        ms => format!("{}m{}s", ms / 60_000, ms % 60_000 / 1000),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_written_as_openai_does() {
+        for (ms, text) in [(0, "0ms"), (20, "20ms"), (1000, "1s"), (1500, "1.5s"), (60_000, "1m0s"), (361_900, "6m1s")]
+        {
+            assert_eq!(duration(Duration::from_millis(ms)), text);
+        }
+    }
 }

@@ -26,5 +26,10 @@ fn model(api: &Api) -> Value {
         "created": api.created,
         "owned_by": "sirocco",
         "max_model_len": model.spec.max_position_embeddings,
+        "experts": {
+            "layers": model.spec.num_hidden_layers,
+            "per_layer": model.spec.num_local_experts,
+            "per_token": model.spec.num_experts_per_tok,
+        },
     })
 }

@@ -1,19 +1,17 @@
 //! What went wrong, in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`, with the status that belongs to it.
 
+use std::time::Duration;
+
 use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 use sirocco_proto::Invalid;
 
+use crate::deadline::Overdue;
 use crate::engine::{GenerateError, SubmitError};
-use crate::intake::Refusal;
+use crate::intake::{RETRY_UNAVAILABLE, Refusal};
 use crate::metrics::Outcome;
-
-/// Seconds after which a client may try again when the queue was full.
-const RETRY_FULL_S: u16 = 1;
-/// Seconds after which a client may try again when experts or the router were not available.
-const RETRY_UNAVAILABLE_S: u16 = 5;
 
 /// An answer that is an error.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,6 +21,8 @@ pub(super) struct Problem {
     /// The request's field that is to blame.
     pub(super) param: Option<String>,
     code: Option<&'static str>,
+    /// When the same request may be answered.
+    retry_after: Option<Duration>,
     /// How the request is counted.
     pub(super) outcome: Outcome,
 }
@@ -31,13 +31,15 @@ impl Problem {
     /// A problem that no single field is to blame for.
     pub(super) fn new(status: StatusCode, message: impl Into<String>) -> Self {
         let code = match status {
-            StatusCode::TOO_MANY_REQUESTS => Some("queue_full"),
+            StatusCode::TOO_MANY_REQUESTS => Some("rate_limit_exceeded"),
+            StatusCode::UNAUTHORIZED => Some("invalid_api_key"),
+            StatusCode::REQUEST_TIMEOUT | StatusCode::GATEWAY_TIMEOUT => Some("timeout"),
             StatusCode::SERVICE_UNAVAILABLE => Some("unavailable"),
             StatusCode::INTERNAL_SERVER_ERROR => Some("internal_error"),
             _ => None,
         };
         let outcome = if status.is_server_error() { Outcome::Internal } else { Outcome::Invalid };
-        Self { status, message: message.into(), param: None, code, outcome }
+        Self { status, message: message.into(), param: None, code, retry_after: None, outcome }
     }
 
     /// A request that can never succeed because of `param`.
@@ -73,17 +75,38 @@ impl Problem {
 
 impl IntoResponse for Problem {
     fn into_response(self) -> Response {
-        let retry_after = match self.status {
-            StatusCode::TOO_MANY_REQUESTS => Some(RETRY_FULL_S),
-            StatusCode::SERVICE_UNAVAILABLE => Some(RETRY_UNAVAILABLE_S),
-            _ => None,
-        };
         let mut response = (self.status, Json(self.body())).into_response();
         response.extensions_mut().insert(self.outcome);
-        if let Some(seconds) = retry_after {
-            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        let headers = response.headers_mut();
+        if let Some(retry_after) = self.retry_after {
+            headers.insert(header::RETRY_AFTER, HeaderValue::from(whole_seconds(retry_after)));
+        }
+        match self.status {
+            StatusCode::UNAUTHORIZED => {
+                headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+            }
+            // What is left of the request is not worth waiting for.
+            StatusCode::REQUEST_TIMEOUT => {
+                headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+            }
+            // Otherwise OpenAI's clients ask twice again for what takes too long.
+            StatusCode::GATEWAY_TIMEOUT => {
+                headers.insert("x-should-retry", HeaderValue::from_static("false"));
+            }
+            _ => {}
         }
         response
+    }
+}
+
+/// As `Retry-After` has it: not too early, and never at once.
+pub(crate) fn whole_seconds(wait: Duration) -> u64 {
+    (wait.as_secs() + u64::from(wait.subsec_nanos() > 0)).max(1)
+}
+
+impl From<Overdue> for Problem {
+    fn from(error: Overdue) -> Self {
+        Self { outcome: Outcome::Overdue, ..Self::new(StatusCode::GATEWAY_TIMEOUT, error.to_string()) }
     }
 }
 
@@ -96,6 +119,7 @@ impl From<Invalid> for Problem {
 impl From<Refusal> for Problem {
     fn from(refusal: Refusal) -> Self {
         let (message, outcome) = (refusal.to_string(), Outcome::from(&refusal));
+        let retry_after = refusal.retry_after();
         let problem = match refusal {
             Refusal::UnknownModel { .. } => Self {
                 param: Some("model".into()),
@@ -103,14 +127,19 @@ impl From<Refusal> for Problem {
                 ..Self::new(StatusCode::NOT_FOUND, message)
             },
             Refusal::Invalid(error) => error.into(),
-            Refusal::Submit(SubmitError::Full(_)) => Self::new(StatusCode::TOO_MANY_REQUESTS, message),
+            Refusal::Unidentified(_) => Self::new(StatusCode::UNAUTHORIZED, message),
+            Refusal::Limited(_) => Self::new(StatusCode::TOO_MANY_REQUESTS, message),
+            Refusal::Overdue(error) => error.into(),
+            Refusal::Submit(SubmitError::Full(_)) => {
+                Self { code: Some("queue_full"), ..Self::new(StatusCode::TOO_MANY_REQUESTS, message) }
+            }
             Refusal::Submit(SubmitError::TooMany { .. }) => Self::invalid("n", message),
             Refusal::NotReady(_) | Refusal::Submit(SubmitError::Stopped) => {
                 Self::new(StatusCode::SERVICE_UNAVAILABLE, message)
             }
             Refusal::Internal(_) => Self::new(StatusCode::INTERNAL_SERVER_ERROR, message),
         };
-        Self { outcome, ..problem }
+        Self { retry_after, outcome, ..problem }
     }
 }
 
@@ -119,7 +148,11 @@ impl From<GenerateError> for Problem {
         let (message, outcome) = (error.to_string(), Outcome::from(&error));
         let problem = match error {
             GenerateError::TooLarge(_) => Self::invalid("max_tokens", message),
-            GenerateError::Unavailable(_) => Self::new(StatusCode::SERVICE_UNAVAILABLE, message),
+            GenerateError::Overdue(error) => error.into(),
+            GenerateError::Unavailable(_) => {
+                let retry_after = Some(RETRY_UNAVAILABLE);
+                Self { retry_after, ..Self::new(StatusCode::SERVICE_UNAVAILABLE, message) }
+            }
             GenerateError::Internal(_) => Self::new(StatusCode::INTERNAL_SERVER_ERROR, message),
         };
         Self { outcome, ..problem }
@@ -129,11 +162,14 @@ impl From<GenerateError> for Problem {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::callers::Unidentified;
+    use crate::deadline::Deadline;
 
     #[test]
     fn each_problem_has_its_status_type_and_code() {
+        let overdue = Deadline::new(std::time::Instant::now(), Duration::from_secs(1), []).overdue();
         let refused = Refusal::UnknownModel { given: "a".into(), served: "b".into() };
-        let cases: [(Problem, u16, &str, Value, Value); 6] = [
+        let cases: [(Problem, u16, &str, Value, Value); 8] = [
             (refused.into(), 404, "invalid_request_error", "model".into(), "model_not_found".into()),
             (Invalid::new("top_p", "2").into(), 400, "invalid_request_error", "top_p".into(), Value::Null),
             (
@@ -145,6 +181,14 @@ mod tests {
             ),
             (Refusal::from(SubmitError::Full(2)).into(), 429, "rate_limit_error", Value::Null, "queue_full".into()),
             (GenerateError::Unavailable("x".into()).into(), 503, "server_error", Value::Null, "unavailable".into()),
+            (
+                Refusal::from(Unidentified::UnknownKey).into(),
+                401,
+                "invalid_request_error",
+                Value::Null,
+                "invalid_api_key".into(),
+            ),
+            (overdue.into(), 504, "server_error", Value::Null, "timeout".into()),
             (GenerateError::Internal("x".into()).into(), 500, "server_error", Value::Null, "internal_error".into()),
         ];
         for (problem, status, kind, param, code) in cases {
@@ -153,6 +197,13 @@ mod tests {
             assert_eq!((&error["type"], &error["param"], &error["code"]), (&kind.into(), &param, &code));
             let retry = problem.into_response().headers().contains_key(header::RETRY_AFTER);
             assert_eq!(retry, status == 429 || status == 503);
+        }
+    }
+
+    #[test]
+    fn nobody_is_told_to_come_back_too_early() {
+        for (wait_ms, seconds) in [(0, 1), (1, 1), (1000, 1), (1001, 2), (59_999, 60)] {
+            assert_eq!(whole_seconds(Duration::from_millis(wait_ms)), seconds);
         }
     }
 

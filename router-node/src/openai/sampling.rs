@@ -9,9 +9,8 @@ use sirocco_types::SamplingParams;
 use super::body::Fields;
 use super::choice::Kind;
 use super::problem::Problem;
+use crate::policy::Policy;
 
-/// Most choices of one request: prompts times `n`.
-pub(super) const CHOICES: usize = 16;
 /// Tokens of a completion when the request says nothing, as OpenAI documents it. A chat may then fill the context.
 const COMPLETION_TOKENS: u32 = 16;
 
@@ -38,19 +37,20 @@ impl Drawing {
     }
 }
 
-/// Reads and checks everything about drawing in `fields`.
-pub(super) fn drawing(kind: Kind, fields: &Fields) -> Result<Drawing, Problem> {
-    let n = fields.n.unwrap_or(1) as usize;
-    if n == 0 || n > CHOICES {
-        return Err(Problem::invalid("n", format!("{n}, must be from 1 to {CHOICES}")));
+/// Reads and checks everything about drawing in `fields`, but for the length of what is drawn by `policy`.
+pub(super) fn drawing(kind: Kind, fields: &Fields, policy: &Policy) -> Result<Drawing, Problem> {
+    let (n, choices) = (fields.n.unwrap_or(1) as usize, policy.max_choices);
+    if n == 0 || n > choices as usize {
+        return Err(Problem::invalid("n", format!("{n}, must be from 1 to {choices}")));
     }
     if fields.best_of.is_some_and(|best_of| best_of as usize != n) {
         return Err(Problem::invalid("best_of", format!("not supported unless it equals n, {n}")));
     }
     let default = SamplingParams::default();
+    let default_tokens = policy.max_completion_tokens.map_or(COMPLETION_TOKENS, |most| most.min(COMPLETION_TOKENS));
     let (max_field, max_tokens) = match (fields.max_completion_tokens, kind) {
         (Some(most), _) => ("max_completion_tokens", most),
-        (None, Kind::Completion) => ("max_tokens", fields.max_tokens.unwrap_or(COMPLETION_TOKENS)),
+        (None, Kind::Completion) => ("max_tokens", fields.max_tokens.unwrap_or(default_tokens)),
         (None, Kind::Chat) => ("max_tokens", fields.max_tokens.unwrap_or(u32::MAX)),
     };
     let (logprobs_field, logprobs) = logprobs(kind, fields)?;
@@ -150,7 +150,7 @@ mod tests {
     use super::*;
 
     fn read(kind: Kind, json: Value) -> Result<Drawing, Problem> {
-        drawing(kind, &serde_json::from_value(json).unwrap())
+        drawing(kind, &serde_json::from_value(json).unwrap(), &Policy::default())
     }
 
     #[test]

@@ -120,7 +120,7 @@ mod tests {
     async fn frames(kind: Kind, token_ids: bool, events: Vec<Result<Event, GenerateError>>) -> Vec<String> {
         let events: std::pin::Pin<Box<dyn futures::Stream<Item = _> + Send>> =
             Box::pin(stream::iter(events.into_iter().map(|event| (0, event))));
-        let report = Report { kind, logprobs: None, token_ids, stream: true };
+        let report = Report { kind, logprobs: None, token_ids, experts: None, stream: true };
         let call = Call {
             head: Head::example(kind),
             report: report.clone(),

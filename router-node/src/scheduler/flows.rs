@@ -6,35 +6,13 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use serde::Deserialize;
+use sirocco_types::Priority;
 
 use super::SequenceId;
 
 /// Who a request is from, among those who share the engine.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct ClientId(pub(crate) u64);
-
-/// How much of the engine a request gets beside others: each priority has four times the share of the one below. It decides no
-/// byte of the answer.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub(crate) enum Priority {
-    Low,
-    #[default]
-    Normal,
-    High,
-}
-
-impl Priority {
-    /// What a token counts.
-    fn cost(self) -> u64 {
-        match self {
-            Self::Low => 16,
-            Self::Normal => 4,
-            Self::High => 1,
-        }
-    }
-}
 
 /// One client at one priority.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -119,7 +97,7 @@ impl Flows {
     /// `tokens` are computed for `flow`.
     pub(super) fn charge(&mut self, flow: Flow, tokens: usize) {
         if let Some(state) = self.flows.get_mut(&flow) {
-            state.served += tokens as u64 * flow.priority.cost();
+            state.served += tokens as u64 * cost(flow.priority);
         }
         self.settle();
     }
@@ -159,6 +137,15 @@ impl Flows {
             }
             None => self.flows.clear(),
         }
+    }
+}
+
+/// What a token counts at this priority: each has four times the share of the one below.
+fn cost(priority: Priority) -> u64 {
+    match priority {
+        Priority::Low => 16,
+        Priority::Normal => 4,
+        Priority::High => 1,
     }
 }
 

@@ -15,9 +15,7 @@ mod tests;
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 
-pub(crate) use flows::Flow;
-#[cfg(test)]
-pub(crate) use flows::{ClientId, Priority};
+pub(crate) use flows::{ClientId, Flow};
 
 use blocks::{Blocks, Prefix};
 use flows::{Flows, Turn};

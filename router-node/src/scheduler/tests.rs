@@ -1,6 +1,7 @@
 use std::collections::HashMap;
 
 use proptest::prelude::*;
+use sirocco_types::Priority;
 
 use super::*;
 

@@ -1,6 +1,7 @@
 //! End-to-end tests: real processes, a real etcd, real clients.
 #![forbid(unsafe_code)]
 
+mod callers;
 mod commands;
 mod control;
 mod goldens;
@@ -8,5 +9,6 @@ mod lifecycle;
 mod metrics;
 mod openai;
 mod operations;
+mod page;
 mod services;
 mod support;

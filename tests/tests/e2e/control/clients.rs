@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use sirocco_proto::wire::inference as wire;
 use tokio::task::JoinSet;
 
 use super::until;
@@ -107,7 +108,10 @@ impl Clients {
 impl Record {
     async fn note(&self, router: &str, prompt: &Prompt) {
         let began = Instant::now();
-        let result = generate(router, greedy(&prompt.text, prompt.max_tokens)).await;
+        // What is traced is computed whole every time, so that the load stays what the texts make it.
+        let trace = prompt.expected.is_none().then_some(wire::Trace { logits: false, routing: true });
+        let request = wire::GenerateRequest { trace, ..greedy(&prompt.text, prompt.max_tokens) };
+        let result = generate(router, request).await;
         let took = began.elapsed();
         let wrong = match result {
             Err(status) => Some(format!("after {took:?}: {status}")),

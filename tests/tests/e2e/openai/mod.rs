@@ -2,5 +2,9 @@
 
 mod answers;
 pub(crate) mod client;
+mod experts;
 mod refusals;
 mod serving;
+
+pub(crate) use client::{cluster, post, send};
+pub(crate) use serving::{start, wait_for_log};

@@ -18,7 +18,8 @@ fn endless() -> Value {
     json!({"prompt": "x", "max_tokens": 2000, "ignore_eos": true, "stream": true})
 }
 
-fn start(etcd: &Etcd, name: &str, envs: &[(&str, &str)]) -> Cluster {
+/// A cluster of one router and one coordinator.
+pub(crate) fn start(etcd: &Etcd, name: &str, envs: &[(&str, &str)]) -> Cluster {
     let demo = repository("models/demo");
     let models = std::slice::from_ref(&demo);
     let setup = Setup { name, router_model: &demo, models, coordinators: 1, routers: 1, envs };
@@ -26,7 +27,7 @@ fn start(etcd: &Etcd, name: &str, envs: &[(&str, &str)]) -> Cluster {
 }
 
 /// Waits until the router has logged `count` lines with `part`.
-fn wait_for_log(cluster: &Cluster, part: &str, count: usize) {
+pub(crate) fn wait_for_log(cluster: &Cluster, part: &str, count: usize) {
     let log = &cluster.routers[0].process;
     wait_for(&format!("{part:?} in the log, {count} times"), || {
         Ok((log.stderr().matches(part).count() >= count).then_some(()))
