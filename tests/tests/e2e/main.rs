@@ -11,4 +11,5 @@ mod openai;
 mod operations;
 mod page;
 mod services;
+mod storm;
 mod support;
