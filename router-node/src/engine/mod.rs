@@ -219,7 +219,7 @@ impl<E: Experts> EngineThread<E> {
             tokens: [sequence.request.prompt.as_slice(), &sequence.request.generated].concat(),
             max_new: sequence.request.sampling.max_tokens as usize - sequence.request.generated.len(),
             // What is taken from the cache is not routed again.
-            reuse: !sequence.request.trace.routing,
+            reuse: !sequence.request.trace.routing || sequence.request.trace.computed_only,
         };
         match self.scheduler.submit(submission) {
             Ok(()) => drop(self.sequences.insert(id, sequence)),

@@ -78,7 +78,7 @@ impl Asked {
     fn greedy(prompt: Vec<u32>) -> Self {
         let sampling =
             SamplingParams { temperature: 0.0, max_tokens: 48, ignore_eos: true, ..SamplingParams::default() };
-        let trace = Trace { logits: true, routing: false };
+        let trace = Trace { logits: true, ..Trace::default() };
         Self { prompt, generated: Vec::new(), sampling, trace, client: 0 }
     }
 
@@ -187,7 +187,7 @@ fn batch_mates_chunks_cache_hits_and_preemption_change_no_bit() {
 fn a_preempted_sequence_reports_the_experts_it_would_have_reported_alone() {
     let goldens = goldens();
     let asked = |prompt: &Vec<u32>| {
-        let trace = Trace { logits: false, routing: true };
+        let trace = Trace { routing: true, ..Trace::default() };
         Asked { trace, ..Asked::greedy(prompt.clone()) }
     };
     let setup = Setup::start(EngineLimits { kv_blocks: 16, ..LIMITS });
@@ -213,7 +213,7 @@ fn a_completion_goes_on_from_any_token_with_the_same_bytes() {
         stop: vec!["qqq".into(), "e".repeat(6)],
         ..SamplingParams::default()
     };
-    let trace = Trace { logits: true, routing: false };
+    let trace = Trace { logits: true, ..Trace::default() };
     let asked = Asked { prompt, generated: Vec::new(), sampling, trace, client: 0 };
     let whole = Setup::start(LIMITS).run(vec![asked.clone()]).swap_remove(0);
     let other = Setup::start(EngineLimits { step_tokens: 5, ..LIMITS });

@@ -177,7 +177,8 @@ impl Asked {
                     prompt: ids.clone(),
                     generated: Vec::new(),
                     sampling,
-                    trace: Trace { routing: report.experts.is_some(), ..Trace::default() },
+                    // The token's own position is always computed.
+                    trace: Trace { routing: report.experts.is_some(), computed_only: true, ..Trace::default() },
                 });
                 let shown = if report.token_ids { ids.clone() } else { Vec::new() };
                 choices.push(Choice::new(report.clone(), index, shown, echo.clone()));
