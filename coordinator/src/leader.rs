@@ -18,13 +18,14 @@ use sirocco_process::chain;
 use sirocco_store::{
     ClusterState, Keys, LEADER_TTL, Leadership, Lease, MAX_TXN_OPS, Op, Revision, Store, StoreError, Txn, campaign,
 };
-use sirocco_types::{NodeId, OperationKind, OperationState};
+use sirocco_types::{NodeId, Operation, OperationKind, OperationState};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::inputs::Inputs;
 use crate::load::{LoadSnapshot, now_ms};
+use crate::metrics::Metrics;
 use crate::operations::{Decision, Refusal, Request, decide, summary};
 use crate::rebalance::{Policy, due, pays};
 use crate::reconcile::{Action, Signature, begin, end, model_to_adopt, needs_plan, next_actions, place, publish};
@@ -51,6 +52,7 @@ pub(crate) struct Candidate {
     pub(crate) settle: Duration,
     /// When load moves experts; never when absent.
     pub(crate) policy: Option<Policy>,
+    pub(crate) metrics: Arc<Metrics>,
 }
 
 /// An operator's request on its way to the leader. Its sender is told nothing when this coordinator does not lead.
@@ -133,6 +135,7 @@ impl Candidate {
                     tracing::info!(id = %self.id, "no longer leads");
                 }
                 Err(error) => {
+                    self.metrics.store_failed();
                     tracing::warn!(%error, "cannot stand for election, trying again");
                     tokio::select! {
                         () = shutdown.cancelled() => return,
@@ -174,6 +177,7 @@ impl Candidate {
                 Ok(Step::Fenced) => return,
                 Ok(Step::Wait(wait)) => wait,
                 Err(error) => {
+                    self.metrics.store_failed();
                     tracing::warn!(error = chain(&error), "a step of the leader failed, trying again");
                     Some(RETRY)
                 }
@@ -231,8 +235,11 @@ impl Candidate {
     /// Plans for nodes or limits that have changed.
     async fn place(&self, state: &ClusterState, inputs: Inputs, term: &Term) -> Result<Step, StoreError> {
         let signature = self.signature();
+        let metrics = Arc::clone(&self.metrics);
         let Ok((inputs, planned)) = in_background(move || {
+            let began = Instant::now();
             let planned = inputs.plan(None);
+            metrics.planned(began.elapsed());
             (inputs, planned)
         })
         .await
@@ -250,8 +257,11 @@ impl Candidate {
         term.evaluate_at = Instant::now() + EVALUATE_EVERY;
         let signature = self.signature();
         let Some(bytes) = due(state, &inputs, &policy, signature.at_ms) else { return Ok(Step::Wait(None)) };
+        let metrics = Arc::clone(&self.metrics);
         let Ok((inputs, planned)) = in_background(move || {
+            let began = Instant::now();
             let planned = inputs.plan(Some(bytes));
+            metrics.planned(began.elapsed());
             (inputs, planned)
         })
         .await
@@ -297,9 +307,15 @@ impl Candidate {
         let (state, loads, signature) =
             (Arc::clone(&self.states.borrow()), Arc::clone(&self.loads.borrow()), self.signature());
         tracing::info!(?request, by, "an operator asks");
+        let began = Instant::now();
         let decision = in_background(move || decide(&state, &loads, &request, &by, &signature)).await;
         let decision = match decision {
-            Ok(Ok(decision)) => decision,
+            Ok(Ok(decision)) => {
+                if decision.planned.is_some() {
+                    self.metrics.planned(began.elapsed());
+                }
+                decision
+            }
             Ok(Err(refusal)) => {
                 let _ = answer.send(Err(refusal.into()));
                 return true;
@@ -312,7 +328,10 @@ impl Candidate {
         let _ = answer.send(match step {
             Ok(Step::Fenced) => Err(CommandError::Deposed),
             Ok(_) => Ok(decision),
-            Err(error) => Err(CommandError::Store(chain(&error))),
+            Err(error) => {
+                self.metrics.store_failed();
+                Err(CommandError::Store(chain(&error)))
+            }
         });
         leads
     }
@@ -322,8 +341,19 @@ impl Candidate {
             writes::log(action);
         }
         let leader = self.id.as_str();
+        let operation = |action: &Action| match action {
+            Action::Record(operation) => Some(operation.clone()),
+            _ => None,
+        };
+        let recorded: Vec<Operation> = actions.iter().filter_map(operation).collect();
         let ops = actions.into_iter().flat_map(|action| ops(&self.keys, action, leader)).collect();
-        self.commit(ops, leadership).await
+        let step = self.commit(ops, leadership).await?;
+        if matches!(step, Step::Wrote) {
+            for operation in &recorded {
+                self.metrics.recorded(operation);
+            }
+        }
+        Ok(step)
     }
 
     /// Makes changes, fenced and in order, and waits until they are seen.

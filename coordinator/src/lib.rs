@@ -9,6 +9,7 @@ mod api;
 mod inputs;
 mod leader;
 mod load;
+mod metrics;
 mod node;
 mod operations;
 pub mod plan;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use sirocco_process::http::{self, Health};
+use sirocco_process::metrics::Page;
 use sirocco_process::{BindError, LifeError, NodeArgs, Running, advertised, bind};
 use sirocco_proto::cluster::ClusterServiceServer;
 use sirocco_proto::load::LoadServiceServer;
@@ -19,6 +20,7 @@ use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 use crate::api::Api;
 use crate::leader::Candidate;
 use crate::load::{Keeper, LoadSnapshot};
+use crate::metrics::{self, Metrics};
 use crate::rebalance::Policy;
 
 /// Operators' requests that may wait for the leader's next step; more wait to be handed over.
@@ -33,7 +35,7 @@ pub struct Config {
     /// Where to serve gRPC; port 0 takes any free one
     #[arg(long, env = "SIROCCO_GRPC", value_name = "ADDR", default_value = "127.0.0.1:7400")]
     pub grpc: SocketAddr,
-    /// Where to serve /live, /ready and /health
+    /// Where to serve /live, /ready, /health and /metrics
     #[arg(long, env = "SIROCCO_HTTP", value_name = "ADDR", default_value = "127.0.0.1:7401")]
     pub http: SocketAddr,
     /// How long the set of expert nodes must stay the same before experts are placed anew, in milliseconds
@@ -147,6 +149,10 @@ pub async fn start(
     let half_life = Duration::from_secs(config.load_half_life_s);
     let keeper = Keeper { id: id.clone(), half_life, states: states.clone(), reports: reported, snapshots };
     tasks.spawn(keeper.run(shutdown.clone()));
+    let page = Page::new(&health);
+    let metrics = Arc::new(Metrics::new(&page));
+    let (of_states, of_loads, stale_since) = (states.clone(), loads.clone(), mirror.stale_since());
+    metrics::watch(&page, metrics::View { id: id.clone(), states: of_states, loads: of_loads, stale_since });
     let candidate = Candidate {
         id: id.clone(),
         store,
@@ -156,6 +162,7 @@ pub async fn start(
         commands: asked,
         settle,
         policy: config.policy(),
+        metrics,
     };
     tasks.spawn(candidate.run(shutdown.clone()));
     let api = Api {
@@ -169,7 +176,7 @@ pub async fn start(
         shutdown: shutdown.clone(),
     };
     let life = Life { registration, mirror, tasks, shutdown, grace: Duration::from_secs(args.drain_s) };
-    let life = tokio::spawn(life.run(api, (grpc, http), health.clone()));
+    let life = tokio::spawn(life.run(api, (grpc, http), health.clone(), page));
     Ok(Running { id: args.id, grpc: grpc_at, http: http_at, health, life: AbortOnDropHandle::new(life) })
 }
 
@@ -184,11 +191,17 @@ struct Life {
 
 impl Life {
     /// Serves until the shutdown, then resigns, leaves the cluster and ends.
-    async fn run(self, api: Api, (grpc, http): (TcpListener, TcpListener), health: Health) -> Result<(), LifeError> {
+    async fn run(
+        self,
+        api: Api,
+        (grpc, http): (TcpListener, TcpListener),
+        health: Health,
+        page: Page,
+    ) -> Result<(), LifeError> {
         let services =
             Services::default().with(ClusterServiceServer::new(api.clone())).with(LoadServiceServer::new(api));
         let reports = AbortOnDropHandle::new(tokio::spawn(services.health().follow(health.subscribe())));
-        self.tasks.spawn(http::serve(http, health.clone(), self.shutdown.clone()));
+        self.tasks.spawn(http::serve(http, health.clone(), page, self.shutdown.clone()));
         health.ready();
         let served = services.serve(grpc, self.shutdown.clone(), self.grace).await;
 

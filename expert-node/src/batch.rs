@@ -15,7 +15,7 @@ use sirocco_proto::expert::{DispatchRequest, ExpertOutputs, Refusal, RefusalReas
 use sirocco_types::{ExpertId, ExpertKey};
 use tokio::sync::{mpsc, oneshot};
 
-use crate::load::Counters;
+use crate::metrics::Metrics;
 
 /// Requests that may wait for the compute thread; one more is refused.
 const QUEUE: usize = 256;
@@ -38,21 +38,27 @@ pub(crate) struct Batcher {
 }
 
 impl Batcher {
-    /// Starts the thread. It runs what `held` has at the time and says in `counters` what it did.
+    /// Starts the thread. It runs what `held` has at the time and says in `metrics` what it did.
     pub(crate) fn start(
         held: Arc<ArcSwap<Held>>,
-        counters: Arc<Counters>,
+        metrics: Arc<Metrics>,
         pool: Pool,
     ) -> std::io::Result<(Self, JoinHandle<()>)> {
         let (jobs, queue) = mpsc::channel(QUEUE);
         let thread = std::thread::Builder::new().name("experts".into());
-        let thread = thread.spawn(move || run(queue, &held, &counters, &pool))?;
+        let thread = thread.spawn(move || run(queue, &held, &metrics, &pool))?;
         Ok((Self { jobs }, thread))
     }
 
     /// Requests that wait for the thread now.
     pub(crate) fn queued(&self) -> usize {
         self.jobs.max_capacity() - self.jobs.capacity()
+    }
+
+    /// Tells [`Batcher::queued`] without keeping the thread alive.
+    pub(crate) fn watch_queue(&self) -> impl Fn() -> usize + Send + Sync + 'static {
+        let jobs = self.jobs.downgrade();
+        move || jobs.upgrade().map_or(0, |jobs| Self { jobs }.queued())
     }
 
     /// Runs the experts of `request`, whose shapes have been checked.
@@ -73,14 +79,14 @@ fn stopped() -> Refusal {
     Refusal::new(RefusalReason::Unavailable, "the node is stopping")
 }
 
-fn run(mut queue: mpsc::Receiver<Job>, held: &ArcSwap<Held>, counters: &Counters, pool: &Pool) {
+fn run(mut queue: mpsc::Receiver<Job>, held: &ArcSwap<Held>, metrics: &Metrics, pool: &Pool) {
     let mut jobs = Vec::with_capacity(QUEUE);
     while queue.blocking_recv_many(&mut jobs, QUEUE) > 0 {
         let begun = Instant::now();
         let held = held.load();
         let started = jobs.drain(..).filter_map(|job| Running::start(job, &held)).collect();
-        run_batch(started, &held, counters, pool);
-        counters.worked(begun.elapsed());
+        run_batch(started, &held, metrics, pool);
+        metrics.worked(begun.elapsed());
     }
 }
 
@@ -130,7 +136,7 @@ impl Running {
     }
 }
 
-fn run_batch(mut jobs: Vec<Running>, held: &Held, counters: &Counters, pool: &Pool) {
+fn run_batch(mut jobs: Vec<Running>, held: &Held, metrics: &Metrics, pool: &Pool) {
     let mut work: BTreeMap<ExpertKey, Vec<(usize, usize)>> = BTreeMap::new();
     for (j, running) in jobs.iter().enumerate() {
         let request = &running.job.request;
@@ -141,7 +147,7 @@ fn run_batch(mut jobs: Vec<Running>, held: &Held, counters: &Counters, pool: &Po
     for (key, parts) in work {
         let weights = &held[&key];
         let mut input = Vec::new(); // [rows, hidden]
-        counters.ran(key.layer, parts.iter().map(|&(j, p)| jobs[j].job.request.experts[p].rows.len()).sum());
+        metrics.ran(key, parts.iter().map(|&(j, p)| jobs[j].job.request.experts[p].rows.len()).sum());
         for &(j, p) in &parts {
             let request = &jobs[j].job.request;
             for &row in &request.experts[p].rows {
@@ -167,10 +173,13 @@ fn run_batch(mut jobs: Vec<Running>, held: &Held, counters: &Counters, pool: &Po
 #[cfg(test)]
 mod tests {
     use sirocco_compute::PackedMatrix;
+    use sirocco_process::http::Health;
+    use sirocco_process::metrics::Page;
     use sirocco_proto::expert::ExpertRows;
-    use sirocco_types::{Fingerprint, LayerId, LoadCounters};
+    use sirocco_types::{Fingerprint, LayerId, LoadCounters, ModelSpec};
 
     use super::*;
+    use crate::testing;
 
     const HIDDEN: usize = 16;
 
@@ -187,26 +196,40 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_ran_is_counted_by_layer_and_what_was_refused_is_not() {
+    async fn what_ran_is_counted_by_expert_and_what_was_refused_is_not() {
         let matrix = || PackedMatrix::from_bf16(&[0; 2 * HIDDEN * HIDDEN], HIDDEN, HIDDEN).unwrap();
         let weights = Arc::new(ExpertWeights { gate: matrix(), up: matrix(), down: matrix() });
         let key = |expert| ExpertKey { layer: LayerId(1), expert: ExpertId(expert) };
         let held = Held::from([(key(0), Arc::clone(&weights)), (key(1), weights)]);
-        let counters = Arc::new(Counters::new(3));
+        let page = Page::new(&Health::new("expert-node", "e"));
+        let spec = ModelSpec { num_hidden_layers: 3, num_local_experts: 8, ..testing::spec() };
+        let metrics = Arc::new(Metrics::new(&page, &spec));
+        let held = Arc::new(ArcSwap::from_pointee(held));
         let pool = Pool::new(1).unwrap();
-        let (batcher, thread) =
-            Batcher::start(Arc::new(ArcSwap::from_pointee(held)), Arc::clone(&counters), pool).unwrap();
+        let (batcher, thread) = Batcher::start(Arc::clone(&held), Arc::clone(&metrics), pool).unwrap();
+        metrics.watch(&page, &held, 1 << 20, &batcher);
         let outputs = batcher.run(request(&[(0, &[0, 1, 2]), (1, &[2, 0]), (5, &[1])])).await.unwrap();
         assert_eq!(outputs.rows.len(), 5);
         batcher.run(request(&[(1, &[1])])).await.unwrap();
         drop(batcher);
         thread.join().unwrap();
 
-        let LoadCounters::Expert { busy_us, batches, rows, queue } = counters.read(0) else {
+        let LoadCounters::Expert { busy_us, batches, rows, queue } = metrics.load(0) else {
             panic!("an expert node's counters");
         };
         assert!(busy_us > 0);
         assert_eq!((batches, rows, queue), (3, vec![0, 6, 0], 0));
+        let text = page.render().unwrap();
+        for line in [
+            "sirocco_expert_rows_total{layer=\"1\",expert=\"0\"} 3",
+            "sirocco_expert_rows_total{layer=\"1\",expert=\"1\"} 3",
+            "sirocco_expert_batch_rows_sum 6",
+            "sirocco_expert_held_experts 2",
+            "sirocco_expert_calls_waiting 0",
+        ] {
+            assert!(text.lines().any(|shown| shown == line), "{line} is not in:\n{text}");
+        }
+        assert_eq!(text.matches("sirocco_expert_rows_total{").count(), 2, "only what is held is shown");
     }
 
     #[tokio::test]

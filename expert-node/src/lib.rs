@@ -3,7 +3,7 @@
 //! - `loader`: follows the placement, reads weights, says what is held.
 //! - `service`: checks requests and answers them.
 //! - `batch`: runs each expert once for all the requests that wait for it, on a compute thread.
-//! - `load`: counts what that thread does, and reports it.
+//! - `metrics`: counts what that thread does; `load` reports it.
 //! - `departure`: when a node that is asked to stop may leave.
 //!
 //! It never chooses what it holds and never sees a token: only hidden states.
@@ -13,6 +13,7 @@ mod batch;
 mod departure;
 mod load;
 mod loader;
+mod metrics;
 mod node;
 mod progress;
 mod service;

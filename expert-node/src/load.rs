@@ -1,56 +1,18 @@
-//! Counts what the compute thread does, and tells the coordinator that leads.
+//! Tells the coordinator that leads what the compute thread does.
 //!
-//! Counters only go up, so that a report that is lost loses nothing. Never counts what was refused.
+//! Counters only go up, so that a report that is lost loses nothing. Never counts itself: [`Metrics`] does.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use sirocco_proto::load;
 use sirocco_store::ClusterState;
-use sirocco_types::{LayerId, LoadCounters, LoadReport, NodeId};
+use sirocco_types::{LoadReport, NodeId};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::batch::Batcher;
-
-/// What the compute thread did since the process started.
-#[derive(Debug)]
-pub(crate) struct Counters {
-    busy_ns: AtomicU64,
-    batches: AtomicU64,
-    /// By layer.
-    rows: Vec<AtomicU64>,
-}
-
-impl Counters {
-    /// Counters of a model with `layers` layers, at zero.
-    pub(crate) fn new(layers: usize) -> Self {
-        let rows = (0..layers).map(|_| AtomicU64::new(0)).collect();
-        Self { busy_ns: AtomicU64::new(0), batches: AtomicU64::new(0), rows }
-    }
-
-    /// An expert of `layer`, a layer of the model, was run on `rows` rows at once.
-    pub(crate) fn ran(&self, layer: LayerId, rows: usize) {
-        self.batches.fetch_add(1, Ordering::Relaxed);
-        self.rows[layer.index()].fetch_add(rows as u64, Ordering::Relaxed);
-    }
-
-    /// The thread worked for `time`.
-    pub(crate) fn worked(&self, time: Duration) {
-        self.busy_ns.fetch_add(time.as_nanos() as u64, Ordering::Relaxed);
-    }
-
-    /// What they are now, with `queue` requests waiting.
-    pub(crate) fn read(&self, queue: usize) -> LoadCounters {
-        LoadCounters::Expert {
-            busy_us: self.busy_ns.load(Ordering::Relaxed) / 1000,
-            batches: self.batches.load(Ordering::Relaxed),
-            rows: self.rows.iter().map(|rows| rows.load(Ordering::Relaxed)).collect(),
-            queue: queue as u32,
-        }
-    }
-}
+use crate::metrics::Metrics;
 
 /// Reports an expert node's counters.
 #[derive(Debug)]
@@ -60,7 +22,7 @@ pub(crate) struct Reporter {
     pub(crate) incarnation: u64,
     /// When the process started.
     pub(crate) started: Instant,
-    pub(crate) counters: Arc<Counters>,
+    pub(crate) metrics: Arc<Metrics>,
     /// Has the queue.
     pub(crate) batcher: Batcher,
 }
@@ -73,7 +35,7 @@ impl Reporter {
             node: self.node.clone(),
             incarnation: self.incarnation,
             uptime_us: self.started.elapsed().as_micros() as u64,
-            counters: self.counters.read(self.batcher.queued()),
+            counters: self.metrics.load(self.batcher.queued()),
         };
         load::report(states, leader, sample, shutdown).await;
     }

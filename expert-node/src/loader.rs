@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use sirocco_model::Checkpoint;
@@ -16,6 +16,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::batch::Held;
+use crate::metrics::Metrics;
 use crate::progress::Progress;
 
 /// Wait before an expert that could not be loaded is tried again.
@@ -28,6 +29,7 @@ pub(crate) struct Loader {
     pub(crate) held: Arc<ArcSwap<Held>>,
     pub(crate) registration: Arc<Registration>,
     pub(crate) health: Health,
+    pub(crate) metrics: Arc<Metrics>,
     /// Whether to show progress on a terminal.
     pub(crate) progress: bool,
 }
@@ -84,8 +86,10 @@ impl Loader {
                 self.health.not_ready(format!("loading expert {} of {}", index + 1, missing.len()));
             }
             let checkpoint = Arc::clone(&self.checkpoint);
+            let began = Instant::now();
             match tokio::task::spawn_blocking(move || checkpoint.load_expert(key)).await {
                 Ok(Ok(weights)) => {
+                    self.metrics.loaded(began.elapsed());
                     let weights = Arc::new(weights);
                     self.held.rcu(|held| {
                         let mut held = Held::clone(held);
@@ -95,6 +99,7 @@ impl Loader {
                 }
                 Ok(Err(error)) => {
                     tracing::error!(%key, %error, "an expert cannot be loaded");
+                    self.metrics.not_loaded();
                     refused.insert(key, error.to_string());
                 }
                 Err(_) => return false,
@@ -149,12 +154,13 @@ fn serves(state: &ClusterState, id: &NodeId, held: &Held) -> bool {
 mod tests {
     use std::path::Path;
 
+    use sirocco_process::metrics::Page;
     use sirocco_store::{EmbeddedStore, LEASE_TTL, Mirror, Store};
     use sirocco_types::{Epoch, EpochRef, ExpertId, LayerId, MemberState, PlacementKind};
     use tokio_util::task::TaskTracker;
 
     use super::*;
-    use crate::testing::{Cluster, id};
+    use crate::testing::{self, Cluster, id};
 
     /// Node `a` serves expert 0 and is to have expert 1 too once epoch 2 is the target.
     const CLUSTER: Cluster = Cluster {
@@ -206,6 +212,7 @@ mod tests {
             held: Arc::default(),
             registration: Arc::new(registration),
             health: health.clone(),
+            metrics: Arc::new(Metrics::new(&Page::new(&health), &testing::spec())),
             progress: false,
         };
         let held = Arc::clone(&loader.held);

@@ -9,6 +9,7 @@ use arc_swap::ArcSwap;
 use sirocco_compute::{Pool, cpu_description, cuda_devices};
 use sirocco_model::{Checkpoint, CheckpointError};
 use sirocco_process::http::{self, Health};
+use sirocco_process::metrics::Page;
 use sirocco_process::{BindError, LifeError, NodeArgs, Running, advertised, bind};
 use sirocco_proto::channel::MAX_MESSAGE_BYTES;
 use sirocco_proto::expert::ExpertServiceServer;
@@ -21,8 +22,9 @@ use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
 use crate::batch::{Batcher, Held};
 use crate::departure::Departure;
-use crate::load::{Counters, Reporter};
+use crate::load::Reporter;
 use crate::loader::Loader;
+use crate::metrics::Metrics;
 use crate::service::Service;
 
 /// What an expert node is told.
@@ -34,7 +36,7 @@ pub struct Config {
     /// Where to serve gRPC; port 0 takes any free one
     #[arg(long, env = "SIROCCO_GRPC", value_name = "ADDR", default_value = "127.0.0.1:7500")]
     pub grpc: SocketAddr,
-    /// Where to serve /live, /ready and /health
+    /// Where to serve /live, /ready, /health and /metrics
     #[arg(long, env = "SIROCCO_HTTP", value_name = "ADDR", default_value = "127.0.0.1:7501")]
     pub http: SocketAddr,
     /// Compute threads
@@ -127,14 +129,21 @@ pub async fn start(
     tracing::info!(%id, grpc = %grpc_at, model = %member.model.as_ref().map(|m| m.fingerprint.short()).unwrap_or_default(), "joined");
 
     let held = Arc::new(ArcSwap::from_pointee(Held::new()));
-    let counters = Arc::new(Counters::new(checkpoint.spec().num_hidden_layers));
-    let (batcher, compute) = Batcher::start(Arc::clone(&held), Arc::clone(&counters), pool)?;
+    let page = Page::new(&health);
+    let metrics = Arc::new(Metrics::new(&page, checkpoint.spec()));
+    let (batcher, compute) = Batcher::start(Arc::clone(&held), Arc::clone(&metrics), pool)?;
+    metrics.watch(&page, &held, member.capacity_bytes.unwrap_or_default(), &batcher);
     let tasks = TaskTracker::new();
     let states = ClusterState::follow(&mirror, &keys, &tasks);
     let registration = Arc::new(registration);
     let (leave, grace) = (CancellationToken::new(), Duration::from_secs(args.drain_s));
-    let reporter =
-        Reporter { node: id.clone(), incarnation: member.incarnation, started, counters, batcher: batcher.clone() };
+    let reporter = Reporter {
+        node: id.clone(),
+        incarnation: member.incarnation,
+        started,
+        metrics: Arc::clone(&metrics),
+        batcher: batcher.clone(),
+    };
     tasks.spawn(reporter.run(states.clone(), leave.clone()));
     let departure =
         Departure { member: (member_key, member), registration: Arc::clone(&registration), patience: grace };
@@ -146,6 +155,7 @@ pub async fn start(
         held: Arc::clone(&held),
         registration: Arc::clone(&registration),
         health: health.clone(),
+        metrics: Arc::clone(&metrics),
         progress: !config.no_progress,
     };
     tasks.spawn(loader.run(states, leave.clone()));
@@ -154,11 +164,12 @@ pub async fn start(
         model: Arc::new(checkpoint.identity().clone()),
         held,
         batcher,
+        metrics,
         tasks: tasks.clone(),
         leave: leave.clone(),
     };
     let life = Life { registration, mirror, tasks, compute, leave, grace };
-    let life = tokio::spawn(life.run(service, (grpc, http), health.clone()));
+    let life = tokio::spawn(life.run(service, (grpc, http), health.clone(), page));
     Ok(Running { id: args.id, grpc: grpc_at, http: http_at, health, life: AbortOnDropHandle::new(life) })
 }
 
@@ -180,6 +191,7 @@ impl Life {
         service: Service,
         (grpc, http): (TcpListener, TcpListener),
         health: Health,
+        page: Page,
     ) -> Result<(), LifeError> {
         let expert = ExpertServiceServer::new(service)
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
@@ -187,7 +199,7 @@ impl Life {
         let services = Services::default().with(expert);
         let switch = services.health();
         let health_reports = AbortOnDropHandle::new(tokio::spawn(switch.follow(health.subscribe())));
-        self.tasks.spawn(http::serve(http, health.clone(), self.leave.clone()));
+        self.tasks.spawn(http::serve(http, health.clone(), page, self.leave.clone()));
         let served = services.serve(grpc, self.leave.clone(), self.grace).await;
 
         health.not_ready("stopping");

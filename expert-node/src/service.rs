@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::batch::{Batcher, Held};
+use crate::metrics::Metrics;
 
 /// Answers that may wait for a slow router; its next requests are not read meanwhile.
 const ANSWERS: usize = 64;
@@ -26,6 +27,7 @@ pub(crate) struct Service {
     pub(crate) model: Arc<ModelIdentity>,
     pub(crate) held: Arc<ArcSwap<Held>>,
     pub(crate) batcher: Batcher,
+    pub(crate) metrics: Arc<Metrics>,
     /// Owns the tasks of open streams.
     pub(crate) tasks: TaskTracker,
     /// Ends open streams.
@@ -103,6 +105,13 @@ impl Service {
             }
             Err(answer) => answer,
         };
+        match &answer.result {
+            Ok(outputs) => {
+                let refusals = outputs.experts.iter().filter_map(|(_, result)| result.as_ref().err());
+                refusals.for_each(|refusal| self.metrics.refused(refusal.reason));
+            }
+            Err(refusal) => self.metrics.refused(refusal.reason),
+        }
         answer.into_wire()
     }
 

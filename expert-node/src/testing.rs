@@ -90,7 +90,12 @@ impl Cluster {
 }
 
 fn model(fingerprint: u8) -> ModelIdentity {
-    let spec = ModelSpec {
+    ModelIdentity { name: "tiny".into(), fingerprint: Fingerprint([fingerprint; 32]), spec: spec() }
+}
+
+/// The shape of the model that the cluster serves.
+pub(crate) fn spec() -> ModelSpec {
+    ModelSpec {
         model_type: "mixtral".into(),
         hidden_size: 8,
         intermediate_size: 8,
@@ -109,6 +114,5 @@ fn model(fingerprint: u8) -> ModelIdentity {
         bos_token_id: None,
         eos_token_ids: vec![2],
         dtype: Dtype::Bf16,
-    };
-    ModelIdentity { name: "tiny".into(), fingerprint: Fingerprint([fingerprint; 32]), spec }
+    }
 }

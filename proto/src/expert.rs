@@ -82,6 +82,32 @@ pub enum RefusalReason {
     Internal,
 }
 
+impl RefusalReason {
+    /// All of them, in the order of their values.
+    pub const ALL: [Self; 7] = [
+        Self::NotHeld,
+        Self::Invalid,
+        Self::WrongModel,
+        Self::Corrupt,
+        Self::Unavailable,
+        Self::DeadlineExceeded,
+        Self::Internal,
+    ];
+
+    /// The lower-case name, as metrics have it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::NotHeld => "not_held",
+            Self::Invalid => "invalid",
+            Self::WrongModel => "wrong_model",
+            Self::Corrupt => "corrupt",
+            Self::Unavailable => "unavailable",
+            Self::DeadlineExceeded => "deadline_exceeded",
+            Self::Internal => "internal",
+        }
+    }
+}
+
 impl Refusal {
     /// A refusal for `reason`, explained by `message`.
     pub fn new(reason: RefusalReason, message: impl Into<String>) -> Self {

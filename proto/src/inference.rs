@@ -73,6 +73,8 @@ pub struct Trace {
     pub logits: bool,
     /// The experts of every position.
     pub routing: bool,
+    /// Of the positions that are computed alone: what the KV cache has of the prompt is not computed for it.
+    pub computed_only: bool,
 }
 
 impl TryFrom<wire::GenerateRequest> for GenerateRequest {
@@ -137,7 +139,7 @@ impl TryFrom<wire::GenerateRequest> for GenerateRequest {
             prompt,
             sampling,
             seeded: given.seed.is_some(),
-            trace: Trace { logits: trace.logits, routing: trace.routing },
+            trace: Trace { logits: trace.logits, routing: trace.routing, computed_only: false },
             priority,
             timeout: request.timeout_ms.map(Duration::from_millis),
             generated,

@@ -20,6 +20,7 @@ use crate::deadline::Deadline;
 use crate::engine::{GenerateError, SubmitError};
 use crate::events::Events;
 use crate::intake::{Intake, Job, Refusal, RequestId, Terms};
+use crate::metrics::{Front, Outcome, Tracked};
 use crate::openai::whole_seconds;
 
 const REQUEST_ID: &str = "x-request-id";
@@ -60,6 +61,7 @@ impl Interceptor for Gate {
                 Ok(request)
             }
             Err(unidentified) => {
+                self.intake.metrics.request(Front::Grpc).end(Outcome::Unidentified);
                 let mut status = refused(unidentified.into());
                 status.insert(REQUEST_ID, &id.shown);
                 Err(status)
@@ -150,20 +152,33 @@ impl Api {
         Ok((started, self.intake.submit(vec![job], terms)?.swap_remove(0)))
     }
 
-    async fn stream(&self, request: Request<wire::GenerateRequest>, call: &Call) -> Result<GenerateStream, Status> {
+    /// Lets a completion in and begins it; `tracked` is told how it ends.
+    async fn stream(
+        &self,
+        request: Request<wire::GenerateRequest>,
+        call: &Call,
+        tracked: Tracked,
+    ) -> Result<GenerateStream, Refusal> {
         let arrived = Instant::now();
-        let admission = call.caller.admit(arrived).map_err(|limited| refused(limited.into()))?;
+        let admission = call.caller.admit(arrived)?;
         let call_timeout = grpc_timeout(&request);
         let request = GenerateRequest::try_from(request.into_inner())?;
         let asks = [request.timeout, call_timeout].into_iter().flatten();
         let deadline = Deadline::new(arrived, self.intake.policy.request_timeout(), asks);
         let terms = Terms { arrived, deadline, priority: request.priority, admission };
-        let begun = deadline.within(self.begin(request, &call.id, &terms)).await;
-        let (started, events) = begun.map_err(refused)?;
+        let (started, events) = deadline.within(self.begin(request, &call.id, &terms)).await?;
         let first = futures::stream::iter([Ok(Event::Started(started))]);
-        Ok(Box::pin(first.chain(events).map(|event| match event {
-            Ok(event) => Ok(event.into()),
-            Err(error) => Err(status(&error)),
+        Ok(Box::pin(first.chain(events).map(move |event| match event {
+            Ok(event) => {
+                if matches!(event, Event::Finished(_)) {
+                    tracked.end(Outcome::Ok);
+                }
+                Ok(event.into())
+            }
+            Err(error) => {
+                tracked.end((&error).into());
+                Err(status(&error))
+            }
         })))
     }
 }
@@ -177,7 +192,9 @@ impl InferenceService for Api {
         mut request: Request<wire::GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
         let call = Call::of(&mut request)?;
-        let stream = self.stream(request, &call).await;
+        let tracked = self.intake.metrics.request(Front::Grpc);
+        let stream = self.stream(request, &call, tracked.clone()).await;
+        let stream = stream.inspect_err(|refusal| tracked.end(refusal.into())).map_err(refused);
         call.id.answer(stream.map(Response::new))
     }
 

@@ -4,6 +4,7 @@
 //! unavailable at once; trying again is the dispatcher's decision, never this module's.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use sirocco_process::chain;
 use sirocco_proto::channel::{self, MAX_MESSAGE_BYTES};
@@ -18,6 +19,8 @@ use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::task::TaskTracker;
 
+use crate::metrics::Hop;
+
 /// Requests that may wait for one node before callers wait to hand over theirs.
 const QUEUE: usize = 64;
 
@@ -28,15 +31,17 @@ type Answer = oneshot::Sender<Result<ExpertOutputs, Refusal>>;
 pub(crate) struct Connection {
     node: NodeId,
     address: String,
+    /// What is counted of its calls.
+    pub(crate) hop: Arc<Hop>,
     calls: mpsc::Sender<(DispatchRequest, Answer)>,
 }
 
 impl Connection {
     /// Starts the stream's task among `tasks`; it connects with the first call.
-    pub(crate) fn open(node: NodeId, address: String, tasks: &TaskTracker) -> Self {
+    pub(crate) fn open(node: NodeId, address: String, hop: Arc<Hop>, tasks: &TaskTracker) -> Self {
         let (calls, queue) = mpsc::channel(QUEUE);
         tasks.spawn(run(node.clone(), address.clone(), queue));
-        Self { node, address, calls }
+        Self { node, address, hop, calls }
     }
 
     /// Where the node answers.

@@ -18,6 +18,7 @@ use tokio::time::Instant;
 
 use crate::connection::Connection;
 use crate::load::ExpertCounts;
+use crate::metrics::Metrics;
 use crate::replicas::{Demand, assign, least_asked};
 use crate::topology::Topology;
 
@@ -36,6 +37,7 @@ pub(crate) struct RemoteExperts {
     pub(crate) tokens: Arc<ExpertCounts>,
     /// Choices made among the replicas of each expert.
     pub(crate) turns: Arc<ExpertCounts>,
+    pub(crate) metrics: Arc<Metrics>,
 }
 
 /// Rows of one expert that are still missing.
@@ -63,6 +65,8 @@ impl Experts for RemoteExperts {
         let deadline = Instant::now() + self.timeout;
         let mut topology = self.topology.clone();
         let mut backoff = BACKOFF.0;
+        let began = Instant::now();
+        let mut combining = Duration::ZERO;
         let mut missing: Vec<Missing> = routing
             .by_expert()
             .into_iter()
@@ -76,12 +80,18 @@ impl Experts for RemoteExperts {
             let (shares, unreachable) = share(layer, missing, &current, &self.turns);
             missing = unreachable;
             let calls = shares.into_iter().map(|share| self.ask(share, layer, hidden, routing.top_k, deadline));
-            for (parts, result) in join_all(calls).await {
+            let answers = join_all(calls).await;
+            let answered = Instant::now();
+            for (parts, result) in answers {
                 missing.extend(place(parts, result, &mut rows, self.hidden_size)?);
             }
             if missing.is_empty() {
-                return Ok(combine(&rows, routing, self.hidden_size));
+                let combined = combine(&rows, routing, self.hidden_size);
+                combining += answered.elapsed();
+                self.metrics.layer(began.elapsed().saturating_sub(combining), combining);
+                return Ok(combined);
             }
+            combining += answered.elapsed();
             if Instant::now() >= deadline {
                 return Err(ExpertsError::Unavailable(describe(layer, &missing, self.timeout)));
             }
@@ -118,6 +128,9 @@ impl RemoteExperts {
             });
             experts.push(ExpertRows { expert: part.expert, rows: rows.collect() });
         }
+        let (hop, sent) = (Arc::clone(&share.connection.hop), Instant::now());
+        let retries = share.parts.iter().filter(|part| part.asked.len() > 1).count();
+        hop.asked(data.len() / self.hidden_size, retries);
         let request = DispatchRequest {
             id: 0,
             fingerprint: self.fingerprint,
@@ -133,6 +146,14 @@ impl RemoteExperts {
                 format!("expert node {} at {} did not answer in time", share.node, share.connection.address()),
             )),
         };
+        match &result {
+            Ok(outputs) => {
+                hop.answered(sent.elapsed());
+                let refusals = outputs.experts.iter().filter_map(|(_, result)| result.as_ref().err());
+                refusals.for_each(|refusal| hop.refused(refusal.reason));
+            }
+            Err(refusal) => hop.refused(refusal.reason),
+        }
         (share.parts, result)
     }
 }
@@ -340,6 +361,7 @@ mod tests {
             timeout: 3 * BACKOFF.0,
             tokens: Arc::clone(&tokens),
             turns: Arc::new(ExpertCounts::new(&spec())),
+            metrics: crate::metrics::tests::metrics().0,
         };
         let routing = Routing { top_k: 2, experts: [3, 5, 5, 0].map(ExpertId).to_vec(), weights: vec![0.5; 4] };
         let result = experts.forward(LayerId(1), &[0.0; 2 * HIDDEN], &routing).await;

@@ -15,6 +15,7 @@ use crate::callers::{Admission, Callers, Limited, Unidentified};
 use crate::deadline::{Deadline, Overdue};
 use crate::engine::{self, Engine, SubmitError};
 use crate::events::Events;
+use crate::metrics::Metrics;
 use crate::policy::Policy;
 
 /// Longest request id taken from a client.
@@ -40,6 +41,7 @@ pub(crate) struct Intake {
     compilers: Arc<Semaphore>,
     pub(crate) callers: Callers,
     pub(crate) policy: Policy,
+    pub(crate) metrics: Arc<Metrics>,
     engine: Engine,
     health: Health,
     /// Differs between processes, so that request ids do.
@@ -127,11 +129,12 @@ pub(crate) struct IntakeParts {
     pub(crate) policy: Policy,
     pub(crate) engine: Engine,
     pub(crate) health: Health,
+    pub(crate) metrics: Arc<Metrics>,
 }
 
 impl Intake {
     pub(crate) fn new(parts: IntakeParts) -> Self {
-        let IntakeParts { model, tokenizer, grammars, callers, policy, engine, health } = parts;
+        let IntakeParts { model, tokenizer, grammars, callers, policy, engine, health, metrics } = parts;
         Self {
             model,
             tokenizer,
@@ -139,6 +142,7 @@ impl Intake {
             compilers: Arc::new(Semaphore::new(COMPILERS)),
             callers,
             policy,
+            metrics,
             engine,
             health,
             incarnation: sirocco_process::incarnation(),

@@ -17,6 +17,7 @@ mod engine;
 mod events;
 mod intake;
 mod load;
+mod metrics;
 mod node;
 mod openai;
 mod page;

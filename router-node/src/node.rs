@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use sirocco_compute::{Pool, cpu_description};
 use sirocco_model::{ChatTemplate, Checkpoint, CheckpointError, Grammars, KvCache, Model, Tokenizer, TokenizerError};
 use sirocco_process::http::{self, Health, Serving};
+use sirocco_process::metrics::Page;
 use sirocco_process::{BindError, LifeError, NodeArgs, Running, advertised, bind};
 use sirocco_proto::server::Services;
 use sirocco_store::{ClusterState, Keys, LEASE_TTL, Mirror, Registration, Store, StoreError, to_json};
@@ -23,6 +24,7 @@ use crate::dispatch::RemoteExperts;
 use crate::engine::{Engine, EngineLimits, Parts};
 use crate::intake::{Grammatical, Intake, IntakeParts};
 use crate::load::{ExpertCounts, Reporter};
+use crate::metrics::Metrics;
 use crate::openai::{self, Chat};
 use crate::page;
 use crate::policy::Policy;
@@ -44,7 +46,7 @@ pub struct Config {
     /// Where to serve gRPC; port 0 takes any free one
     #[arg(long, env = "SIROCCO_GRPC", value_name = "ADDR", default_value = "127.0.0.1:8001")]
     pub grpc: SocketAddr,
-    /// Where to serve the OpenAI-compatible API under /v1, and /live, /ready and /health
+    /// Where to serve the OpenAI-compatible API under /v1, and /live, /ready, /health and /metrics
     #[arg(long, env = "SIROCCO_HTTP", value_name = "ADDR", default_value = "127.0.0.1:8000")]
     pub http: SocketAddr,
     /// Compute threads
@@ -185,7 +187,10 @@ pub async fn start(
     }
     let states = ClusterState::follow(&mirror, &keys, &tasks);
     let (sender, topology) = watch::channel(Arc::new(Topology::default()));
-    tasks.spawn(topology::follow(states.clone(), sender, connections.clone(), shutdown.clone()));
+    let page = Page::new(&health);
+    let metrics = Arc::new(Metrics::new(&page));
+    let follow = topology::follow(states.clone(), sender, Arc::clone(&metrics), connections.clone(), shutdown.clone());
+    tasks.spawn(follow);
     let tokens = Arc::new(ExpertCounts::new(&identity.spec));
     let reporter =
         Reporter { node: member.id.clone(), incarnation: member.incarnation, started, tokens: Arc::clone(&tokens) };
@@ -197,9 +202,11 @@ pub async fn start(
         timeout: Duration::from_secs(config.expert_timeout_s),
         tokens,
         turns: Arc::new(ExpertCounts::new(&identity.spec)),
+        metrics: Arc::clone(&metrics),
     };
-    let parts = Parts { model, tokenizer: Arc::clone(&tokenizer), experts, limits };
+    let parts = Parts { model, tokenizer: Arc::clone(&tokenizer), experts, limits, metrics: Arc::clone(&metrics) };
     let (engine, engine_thread) = Engine::start(parts, tokio::runtime::Handle::current())?;
+    Metrics::watch(&page, &engine, topology.clone());
     let serving =
         Serving { connections: config.policy.max_connections as usize, grace: Duration::from_secs(args.drain_s) };
     let intake = IntakeParts {
@@ -210,9 +217,11 @@ pub async fn start(
         policy: config.policy,
         engine,
         health: health.clone(),
+        metrics,
     };
     let intake = Arc::new(Intake::new(intake));
-    let routes = http::routes(health.clone()).merge(page::routes()).merge(openai::routes(Arc::clone(&intake), chat));
+    let routes =
+        http::routes(health.clone(), page).merge(page::routes()).merge(openai::routes(Arc::clone(&intake), chat));
     let service = api::service(intake);
     let fronts = Fronts { grpc, services: Services::default().with(service), http, serving, routes };
     let presence = Presence { member, member_key, registration, health: health.clone() };

@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::connection::Connection;
+use crate::metrics::Metrics;
 use crate::replicas::Replica;
 
 /// The speed of a node that does not say.
@@ -49,7 +50,7 @@ impl Topology {
 
     /// The topology after `state`. Connections whose node still answers at the same address are kept; a node that has left
     /// the store but is still in the placement is kept as it was, because serving outlives the control plane.
-    fn next(&self, state: &ClusterState, tasks: &TaskTracker) -> Self {
+    fn next(&self, state: &ClusterState, metrics: &Metrics, tasks: &TaskTracker) -> Self {
         let Some(placement) = state.serving() else {
             return Self { placement: self.placement.clone(), nodes: self.nodes.clone() };
         };
@@ -63,7 +64,7 @@ impl Topology {
                 (Some(member), known) => {
                     let same = known.filter(|known| known.connection.address() == member.grpc);
                     let connection = same.map_or_else(
-                        || Arc::new(Connection::open(node.clone(), member.grpc.clone(), tasks)),
+                        || Arc::new(Connection::open(node.clone(), member.grpc.clone(), metrics.hop(node), tasks)),
                         |known| Arc::clone(&known.connection),
                     );
                     Node { connection, speed: member.speed.unwrap_or(ORDINARY_SPEED).max(1) }
@@ -81,14 +82,16 @@ impl Topology {
 pub(crate) async fn follow(
     mut state: watch::Receiver<Arc<ClusterState>>,
     topology: watch::Sender<Arc<Topology>>,
+    metrics: Arc<Metrics>,
     tasks: TaskTracker,
     shutdown: CancellationToken,
 ) {
     loop {
-        let next = topology.borrow().next(&state.borrow_and_update(), &tasks);
+        let next = topology.borrow().next(&state.borrow_and_update(), &metrics, &tasks);
         if next.epoch() != topology.borrow().epoch() {
             tracing::info!(epoch = %next.epoch(), nodes = next.nodes.len(), "dispatching by a new placement");
         }
+        metrics.forget_hops(|node| next.nodes.contains_key(node));
         topology.send_replace(Arc::new(next));
         tokio::select! {
             () = shutdown.cancelled() => return,
@@ -106,6 +109,7 @@ pub(crate) mod tests {
 
     use super::*;
     use crate::load::tests::spec;
+    use crate::metrics::tests::metrics;
 
     /// A state in which every expert of [`spec`] is served by each of `nodes`, given with their speeds.
     pub(crate) fn state(nodes: &[(&str, Option<u32>)]) -> ClusterState {
@@ -144,7 +148,7 @@ pub(crate) mod tests {
 
     /// The topology of [`state`].
     pub(crate) fn topology(nodes: &[(&str, Option<u32>)], tasks: &TaskTracker) -> Topology {
-        Topology::default().next(&state(nodes), tasks)
+        Topology::default().next(&state(nodes), &metrics().0, tasks)
     }
 
     #[tokio::test]
@@ -154,11 +158,11 @@ pub(crate) mod tests {
         let speeds = |topology: &Topology| topology.replicas(key).map(|replica| replica.speed).collect::<Vec<_>>();
         let first = topology(&[("a", Some(100)), ("b", None)], &tasks);
         assert_eq!(speeds(&first), [100, ORDINARY_SPEED]);
-        let faster = first.next(&state(&[("a", Some(250)), ("b", Some(0))]), &tasks);
+        let faster = first.next(&state(&[("a", Some(250)), ("b", Some(0))]), &metrics().0, &tasks);
         assert_eq!(speeds(&faster), [250, 1]);
         let a = NodeId::new("a").unwrap();
         assert!(Arc::ptr_eq(first.connection(&a), faster.connection(&a)));
-        let headless = faster.next(&ClusterState::default(), &tasks);
+        let headless = faster.next(&ClusterState::default(), &metrics().0, &tasks);
         assert_eq!(speeds(&headless), [250, 1]);
     }
 }

@@ -58,6 +58,14 @@ impl Process {
         Ok(Self { name, child, output })
     }
 
+    /// Memory it has in use, in bytes.
+    pub fn resident_bytes(&self) -> Result<u64> {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id()))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("it has ended")?;
+        let kib: u64 = line.trim().trim_end_matches(" kB").parse()?;
+        Ok(kib * 1024)
+    }
+
     /// Everything it has written to standard output.
     pub fn stdout(&self) -> String {
         self.read("stdout")

@@ -21,9 +21,15 @@ pub(crate) struct Program {
 }
 
 /// Every such program.
-pub(crate) const PROGRAMS: [Program; 4] = [
+pub(crate) const PROGRAMS: [Program; 5] = [
     Program { name: "etcd", variable: "SIROCCO_ETCD_BIN", packages: &["etcd-server"], unit: Some("etcd.service") },
     Program { name: "etcdctl", variable: "SIROCCO_ETCDCTL_BIN", packages: &["etcd-client"], unit: None },
+    Program {
+        name: "promtool",
+        variable: "SIROCCO_PROMTOOL_BIN",
+        packages: &["prometheus"],
+        unit: Some("prometheus.service"),
+    },
     Program { name: "chromium", variable: "SIROCCO_CHROMIUM_BIN", packages: CHROMIUM, unit: None },
     Program { name: "chromedriver", variable: "SIROCCO_CHROMEDRIVER_BIN", packages: &["chromium-driver"], unit: None },
 ];

@@ -107,6 +107,7 @@ impl Cluster {
             commands: asked,
             settle: Duration::ZERO,
             policy: None,
+            metrics: crate::metrics::tests::metrics().0,
         };
         let mut task = JoinSet::new();
         task.spawn(async move {

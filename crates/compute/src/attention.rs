@@ -124,9 +124,11 @@ fn one_head(shape: &AttentionShape, q: &[f32], query: &Query, kv_head: usize, kv
         for out in out.iter_mut() {
             *out *= shrink;
         }
-        // All at once; what is not seen is not read below.
-        let weights = scores.map(|score| exp(score - max));
-        for (weight, value) in weights[seen.clone()].iter().zip(values[seen.start * dim..].chunks_exact(dim)) {
+        // All at once; what is not seen is not read below. A loop, for `map` of an array is not inlined into wide code.
+        for score in &mut scores {
+            *score = exp(*score - max);
+        }
+        for (weight, value) in scores[seen.clone()].iter().zip(values[seen.start * dim..].chunks_exact(dim)) {
             sum += weight;
             for (out, value) in out.iter_mut().zip(value) {
                 *out = weight.mul_add(*value, *out);

@@ -1,12 +1,13 @@
-//! The small HTTP server beside every gRPC one: whether the process lives, whether it can do its work, and why not. A node may
-//! have it serve more.
+//! The small HTTP server beside every gRPC one: whether the process lives, whether it can do its work, and why not, and its
+//! metrics. A node may have it serve more.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::extract::State;
-use axum::http::StatusCode;
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse as _, Response};
 use axum::routing::get;
 use axum::{Json, Router};
 use hyper::server::conn::http1;
@@ -18,6 +19,8 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
+
+use crate::metrics::{self, Page};
 
 /// How a server of health alone is served.
 const SMALL: Serving = Serving { connections: 256, grace: Duration::from_secs(2) };
@@ -82,6 +85,16 @@ impl Health {
         self.obstacle.borrow().clone()
     }
 
+    /// What the process is.
+    pub(crate) fn role(&self) -> &'static str {
+        self.role
+    }
+
+    /// The process' name in its cluster.
+    pub(crate) fn id(&self) -> &str {
+        &self.id
+    }
+
     fn set(&self, obstacle: Option<String>) {
         self.obstacle.send_if_modified(|current| {
             let changed = *current != obstacle;
@@ -91,18 +104,24 @@ impl Health {
     }
 }
 
-/// Serves `/live`, `/ready` and `/health` on `listener` until `shutdown`; answers under way may then take two seconds.
-pub async fn serve(listener: TcpListener, health: Health, shutdown: CancellationToken) -> std::io::Result<()> {
-    serve_routes(listener, routes(health), shutdown, SMALL).await
+/// Serves [`routes`] on `listener` until `shutdown`; answers under way may then take two seconds.
+pub async fn serve(
+    listener: TcpListener,
+    health: Health,
+    page: Page,
+    shutdown: CancellationToken,
+) -> std::io::Result<()> {
+    serve_routes(listener, routes(health, page), shutdown, SMALL).await
 }
 
-/// `/live`, `/ready` and `/health`, for a node to add its own to.
-pub fn routes(health: Health) -> Router {
+/// `/live`, `/ready`, `/health` and, with what is on `page`, `/metrics`, for a node to add its own to.
+pub fn routes(health: Health, page: Page) -> Router {
     Router::new()
         .route("/live", get(|| async { "live\n" }))
         .route("/ready", get(ready))
         .route("/health", get(report))
         .with_state(health)
+        .route("/metrics", get(async move || scrape(&page)))
 }
 
 /// Serves `routes` on `listener` until `shutdown`; answers under way may then go on as long as `serving` says.
@@ -181,6 +200,13 @@ async fn ready(State(health): State<Health>) -> (StatusCode, String) {
     }
 }
 
+fn scrape(page: &Page) -> Response {
+    match page.render() {
+        Ok(text) => ([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], text).into_response(),
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")).into_response(),
+    }
+}
+
 async fn report(State(health): State<Health>) -> Json<Value> {
     let obstacle = health.obstacle();
     Json(json!({
@@ -204,7 +230,8 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let (address, health) = (listener.local_addr().unwrap(), Health::new("coordinator", "c-0"));
         let shutdown = CancellationToken::new();
-        tasks.spawn(serve(listener, health.clone(), shutdown.clone()));
+        let page = Page::new(&health);
+        tasks.spawn(serve(listener, health.clone(), page, shutdown.clone()));
         (address, health, shutdown)
     }
 
@@ -229,6 +256,7 @@ mod tests {
         assert_eq!(report("/health").await["obstacle"], "no placement yet");
         health.ready();
         assert_eq!(get(address, "/ready").await, ("200 OK".into(), "ready\n".into()));
+        assert!(get(address, "/metrics").await.1.contains("\nsirocco_ready 1\n"));
         let report = report("/health").await;
         assert_eq!(
             (&report["role"], &report["id"], &report["ready"]),
@@ -242,7 +270,8 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let serving = Serving { connections: 1, ..SMALL };
-        let routes = routes(Health::new("coordinator", "c-0"));
+        let health = Health::new("coordinator", "c-0");
+        let routes = routes(health.clone(), Page::new(&health));
         tasks.spawn(serve_routes(listener, routes, CancellationToken::new(), serving));
         let mut first = TcpStream::connect(address).await.unwrap();
         first.write_all(b"GET /live HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();

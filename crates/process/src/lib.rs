@@ -1,4 +1,4 @@
-//! What every Sirocco process does the same way: configuration, logs, signals, listeners, health endpoints.
+//! What every Sirocco process does the same way: configuration, logs, signals, listeners, health endpoints, metrics.
 //!
 //! Knows nothing of models, placements or the store.
 #![forbid(unsafe_code)]
@@ -6,6 +6,7 @@
 pub mod config;
 pub mod http;
 pub mod logs;
+pub mod metrics;
 mod net;
 mod node;
 mod signals;

@@ -58,6 +58,18 @@ pub enum OperationKind {
 }
 
 impl OperationKind {
+    /// Every kind.
+    pub const ALL: [Self; 8] = [
+        Self::Lead,
+        Self::Place,
+        Self::Rebalance,
+        Self::Rollback,
+        Self::Drain,
+        Self::Cordon,
+        Self::Uncordon,
+        Self::MinReplicas,
+    ];
+
     /// The lower-case name, as it is stored.
     pub fn as_str(self) -> &'static str {
         match self {

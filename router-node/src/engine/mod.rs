@@ -23,6 +23,7 @@ use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 
 use crate::deadline::Overdue;
+use crate::metrics::Metrics;
 use crate::scheduler::{Chunk, Counts, Flow, Limits, Scheduler, SequenceId, Step, Submission, TooLarge};
 use sequence::Sequence;
 
@@ -32,6 +33,7 @@ pub(crate) struct Parts<E> {
     pub(crate) tokenizer: Arc<Tokenizer>,
     pub(crate) experts: E,
     pub(crate) limits: EngineLimits,
+    pub(crate) metrics: Arc<Metrics>,
 }
 
 /// What the engine may take.
@@ -131,9 +133,13 @@ impl Engine {
     }
 
     /// What the engine holds as of its last step.
-    #[cfg_attr(not(test), expect(dead_code, reason = "what metrics will show"))]
     pub(crate) fn counts(&self) -> Counts {
         *self.counts.borrow()
+    }
+
+    /// Sequences that wait for their first step now.
+    pub(crate) fn queued(&self) -> usize {
+        self.queue - self.places.available_permits()
     }
 
     /// Hands over requests, at once and all of them or none.
@@ -163,6 +169,7 @@ struct EngineThread<E> {
     kv: KvCache,
     scheduler: Scheduler,
     counts: watch::Sender<Counts>,
+    metrics: Arc<Metrics>,
     overlap_rows: usize,
     sequences: HashMap<SequenceId, Sequence>,
     next_id: u64,
@@ -170,7 +177,7 @@ struct EngineThread<E> {
 
 impl<E: Experts> EngineThread<E> {
     fn new(parts: Parts<E>, runtime: Handle) -> Self {
-        let Parts { model, tokenizer, experts, limits } = parts;
+        let Parts { model, tokenizer, experts, limits, metrics } = parts;
         let kv = KvCache::new(model.spec(), limits.kv_blocks);
         let scheduler = Scheduler::new(Limits {
             sequences: limits.sequences,
@@ -181,7 +188,7 @@ impl<E: Experts> EngineThread<E> {
         let overlap_rows = limits.overlap_rows;
         let counts = watch::Sender::new(scheduler.counts());
         let sequences = HashMap::new();
-        Self { model, tokenizer, experts, runtime, kv, scheduler, counts, overlap_rows, sequences, next_id: 0 }
+        Self { model, tokenizer, experts, runtime, kv, scheduler, counts, metrics, overlap_rows, sequences, next_id: 0 }
     }
 
     fn run(mut self, mut incoming: mpsc::Receiver<Waiting>) {
@@ -219,7 +226,7 @@ impl<E: Experts> EngineThread<E> {
             tokens: [sequence.request.prompt.as_slice(), &sequence.request.generated].concat(),
             max_new: sequence.request.sampling.max_tokens as usize - sequence.request.generated.len(),
             // What is taken from the cache is not routed again.
-            reuse: !sequence.request.trace.routing,
+            reuse: !sequence.request.trace.routing || sequence.request.trace.computed_only,
         };
         match self.scheduler.submit(submission) {
             Ok(()) => drop(self.sequences.insert(id, sequence)),
@@ -257,7 +264,7 @@ impl<E: Experts> EngineThread<E> {
         }
         for chunk in &step.chunks {
             let sequence = self.sequences.get_mut(&chunk.id).expect("the scheduler runs only what was submitted");
-            sequence.begin(now, self.scheduler.found(chunk.id));
+            sequence.begin(now, self.scheduler.found(chunk.id), &self.metrics);
         }
         let batch: Vec<SequenceChunk> = step
             .chunks
@@ -275,7 +282,10 @@ impl<E: Experts> EngineThread<E> {
         match self.runtime.block_on(forward) {
             Ok(output) => {
                 self.scheduler.finish(step);
+                let (times, sampling) = (output.times, Instant::now());
                 self.commit(&step.chunks, output);
+                let tokens = step.chunks.iter().map(|chunk| chunk.len).sum();
+                self.metrics.step(tokens, now.elapsed(), times, sampling.elapsed());
             }
             Err(error) => {
                 let error = match error {
@@ -303,7 +313,8 @@ impl<E: Experts> EngineThread<E> {
                 continue;
             }
             let logits = logits.next().expect("one for each chunk that samples");
-            match sequence.advance(logits, &self.tokenizer, &self.model.spec().eos_token_ids) {
+            let eos = &self.model.spec().eos_token_ids;
+            match sequence.advance(logits, &self.tokenizer, eos, &self.metrics) {
                 Ok(Some(token)) => self.scheduler.grew(chunk.id, token),
                 Ok(None) => drop(self.remove(chunk.id)),
                 Err(error) => self.fail(chunk.id, error),

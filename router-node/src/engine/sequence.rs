@@ -8,6 +8,7 @@ use sirocco_types::{FinishReason, Routing, Timings, Usage};
 use tokio::sync::OwnedSemaphorePermit;
 
 use super::{GenerateError, Request};
+use crate::metrics::Metrics;
 use crate::scheduler::Chunk;
 
 pub(super) struct Sequence {
@@ -27,6 +28,7 @@ pub(super) struct Sequence {
     found: usize,
     started: Option<Instant>,
     first_token: Option<Instant>,
+    last_token: Option<Instant>,
 }
 
 impl Sequence {
@@ -42,6 +44,7 @@ impl Sequence {
             found: 0,
             started: None,
             first_token: None,
+            last_token: None,
             place,
             request,
         }
@@ -66,10 +69,12 @@ impl Sequence {
     }
 
     /// A step at `now` has it, for which `found` tokens need not be computed.
-    pub(super) fn begin(&mut self, now: Instant, found: usize) {
+    pub(super) fn begin(&mut self, now: Instant, found: usize, metrics: &Metrics) {
         if self.started.is_none() {
             self.started = Some(now);
-            self.found = found.min(self.request.prompt.len());
+            let prompt = self.request.prompt.len();
+            self.found = found.min(prompt);
+            metrics.began(now.duration_since(self.request.arrived), prompt, self.found);
         }
         self.place = None;
     }
@@ -80,13 +85,14 @@ impl Sequence {
         logits: Vec<f32>,
         tokenizer: &Tokenizer,
         eos: &[u32],
+        metrics: &Metrics,
     ) -> Result<Option<u32>, GenerateError> {
         let index = self.generated;
         let sampled = self.sampler.sample(index, &logits).map_err(|error| match error {
             SampleError::NotFinite(_) => GenerateError::Internal(error.to_string()),
             SampleError::Constraint(error) => error.into(),
         })?;
-        self.first_token.get_or_insert_with(Instant::now);
+        self.time_token(metrics);
         let (text, end) = self.take_in(sampled.id, tokenizer, eos);
         let end = match end {
             None | Some(End::Length) if self.sampler.is_finished() => Some(End::Token),
@@ -109,6 +115,16 @@ impl Sequence {
                 self.finish(end, tokenizer);
                 Ok(None)
             }
+        }
+    }
+
+    fn time_token(&mut self, metrics: &Metrics) {
+        let now = Instant::now();
+        if let Some(last) = self.last_token.replace(now) {
+            metrics.next_token(now.duration_since(last));
+        } else {
+            self.first_token = Some(now);
+            metrics.first_token(now.duration_since(self.request.arrived));
         }
     }
 

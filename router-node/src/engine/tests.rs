@@ -29,14 +29,19 @@ struct Setup {
 
 impl Setup {
     fn start(limits: EngineLimits) -> Self {
+        Self::with(&path("models/demo"), limits)
+    }
+
+    fn with(folder: &Path, limits: EngineLimits) -> Self {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
-        let checkpoint = Checkpoint::open(&path("models/demo")).unwrap();
+        let checkpoint = Checkpoint::open(folder).unwrap();
         let pool = Pool::new(2).unwrap();
         let parts = Parts {
             model: Model::load(&checkpoint, pool.clone()).unwrap(),
             tokenizer: Arc::new(Tokenizer::load(checkpoint.folder(), checkpoint.spec()).unwrap()),
             experts: LocalExperts::load(&checkpoint, pool).unwrap(),
             limits,
+            metrics: crate::metrics::tests::metrics().0,
         };
         let (engine, thread) = Engine::start(parts, runtime.handle().clone()).unwrap();
         Self { engine: Some(engine), thread: Some(thread), runtime }
@@ -77,7 +82,7 @@ impl Asked {
     fn greedy(prompt: Vec<u32>) -> Self {
         let sampling =
             SamplingParams { temperature: 0.0, max_tokens: 48, ignore_eos: true, ..SamplingParams::default() };
-        let trace = Trace { logits: true, routing: false };
+        let trace = Trace { logits: true, ..Trace::default() };
         Self { prompt, generated: Vec::new(), sampling, trace, client: 0 }
     }
 
@@ -186,7 +191,7 @@ fn batch_mates_chunks_cache_hits_and_preemption_change_no_bit() {
 fn a_preempted_sequence_reports_the_experts_it_would_have_reported_alone() {
     let goldens = goldens();
     let asked = |prompt: &Vec<u32>| {
-        let trace = Trace { logits: false, routing: true };
+        let trace = Trace { routing: true, ..Trace::default() };
         Asked { trace, ..Asked::greedy(prompt.clone()) }
     };
     let setup = Setup::start(EngineLimits { kv_blocks: 16, ..LIMITS });
@@ -212,7 +217,7 @@ fn a_completion_goes_on_from_any_token_with_the_same_bytes() {
         stop: vec!["qqq".into(), "e".repeat(6)],
         ..SamplingParams::default()
     };
-    let trace = Trace { logits: true, routing: false };
+    let trace = Trace { logits: true, ..Trace::default() };
     let asked = Asked { prompt, generated: Vec::new(), sampling, trace, client: 0 };
     let whole = Setup::start(LIMITS).run(vec![asked.clone()]).swap_remove(0);
     let other = Setup::start(EngineLimits { step_tokens: 5, ..LIMITS });
@@ -256,4 +261,30 @@ fn sequences_leave_with_their_clients_and_no_block_stays_held() {
     setup.runtime.block_on(Answer::of(streams.swap_remove(0)));
     let idle = |counts: &Counts| counts.running == 0 && counts.waiting == 0 && counts.blocks_held == 0;
     setup.runtime.block_on(counts.wait_for(idle)).unwrap();
+}
+
+#[test]
+fn a_prompt_may_fill_a_context_of_32k_tokens() {
+    const CONTEXT: usize = 32 << 10;
+    let family = path("tests/data/families/mixtral");
+    let folder = tempfile::tempdir().unwrap();
+    let mut config: Value = serde_json::from_slice(&std::fs::read(family.join("config.json")).unwrap()).unwrap();
+    config["max_position_embeddings"] = CONTEXT.into();
+    // A token attends to so many only, or this would take a minute.
+    config["sliding_window"] = 1024.into();
+    std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+    std::fs::copy(family.join("model.safetensors"), folder.path().join("model.safetensors")).unwrap();
+    // Only its ids count here; the family has no tokenizer of its own.
+    let tokenizer = r#"{"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}"#;
+    std::fs::write(folder.path().join("tokenizer.json"), tokenizer).unwrap();
+
+    let setup = Setup::with(folder.path(), EngineLimits { kv_blocks: CONTEXT / KvCache::BLOCK_TOKENS, ..LIMITS });
+    let prompt: Vec<u32> = (0..CONTEXT as u32 - 4).map(|i| (i * 97 + i / 7) % 256).collect();
+    let mut asked = Asked::greedy(prompt);
+    asked.sampling.max_tokens = 4;
+    let first = setup.run(vec![asked.clone()]).swap_remove(0);
+    let again = setup.run(vec![asked]).swap_remove(0);
+    again.assert_same(&first, "from the cache");
+    let full_blocks = CONTEXT - KvCache::BLOCK_TOKENS;
+    assert_eq!(again.finished.usage.cached_tokens as usize, full_blocks);
 }

@@ -26,6 +26,7 @@ use crate::callers::Caller;
 use crate::deadline::Deadline;
 use crate::engine::GenerateError;
 use crate::intake::{Job, Refusal, RequestId, Terms};
+use crate::metrics::{Outcome, Tracked};
 
 /// The events of all choices, each with its choice's index, as they come.
 pub(super) type Events = Pin<Box<Peekable<SelectAll<ChoiceEvents>>>>;
@@ -40,6 +41,7 @@ pub(super) struct Call {
     /// So far.
     pub(super) usage: Usage,
     pub(super) include_usage: bool,
+    pub(super) tracked: Tracked,
 }
 
 /// What a request asks, but for what is to be completed.
@@ -52,6 +54,7 @@ struct Asked {
     /// What keeps completions to the form.
     constraint: Option<Constraint>,
     terms: Terms,
+    tracked: Tracked,
 }
 
 /// What a prompt has become.
@@ -65,9 +68,10 @@ pub(super) async fn completions(
     State(api): State<Api>,
     Extension(id): Extension<RequestId>,
     Extension(caller): Extension<Arc<Caller>>,
+    Extension(tracked): Extension<Tracked>,
     body: Body,
 ) -> Result<Response, Problem> {
-    let asked = Asked::read(&api, id, &caller, Kind::Completion, body).await?;
+    let asked = Asked::read(&api, (id, tracked), &caller, Kind::Completion, body).await?;
     answer(asked.terms.deadline.within(begin_completion(&api, asked)).await?).await
 }
 
@@ -100,9 +104,10 @@ pub(super) async fn chat_completions(
     State(api): State<Api>,
     Extension(id): Extension<RequestId>,
     Extension(caller): Extension<Arc<Caller>>,
+    Extension(tracked): Extension<Tracked>,
     body: Body,
 ) -> Result<Response, Problem> {
-    let asked = Asked::read(&api, id, &caller, Kind::Chat, body).await?;
+    let asked = Asked::read(&api, (id, tracked), &caller, Kind::Chat, body).await?;
     answer(asked.terms.deadline.within(begin_chat(&api, asked)).await?).await
 }
 
@@ -136,7 +141,13 @@ impl Call {
 
 impl Asked {
     /// Lets the request in, then reads and checks `body`.
-    async fn read(api: &Api, id: RequestId, caller: &Arc<Caller>, kind: Kind, body: Body) -> Result<Self, Problem> {
+    async fn read(
+        api: &Api,
+        (id, tracked): (RequestId, Tracked),
+        caller: &Arc<Caller>,
+        kind: Kind,
+        body: Body,
+    ) -> Result<Self, Problem> {
         let arrived = Instant::now();
         let admission = caller.admit(arrived).map_err(Refusal::from)?;
         let policy = &api.intake.policy;
@@ -162,12 +173,12 @@ impl Asked {
             drawing.params.stop = Vec::new();
         }
         let terms = Terms { arrived, deadline, priority: fields.priority.unwrap_or_default(), admission };
-        Ok(Self { id, kind, fields, drawing, form, constraint, terms })
+        Ok(Self { id, kind, fields, drawing, form, constraint, terms, tracked })
     }
 
     /// Hands every choice for `prompts` to the engine.
     fn call(self, api: &Api, prompts: Vec<Tokens>) -> Result<Call, Problem> {
-        let Self { id, kind, fields, drawing, form, constraint, terms } = self;
+        let Self { id, kind, fields, drawing, form, constraint, terms, tracked } = self;
         let report = Report {
             kind,
             logprobs: drawing.params.logprobs.map(|_| Arc::clone(&api.intake.tokenizer)),
@@ -188,7 +199,8 @@ impl Asked {
                     generated: Vec::new(),
                     sampling,
                     constraint: constraint.clone(),
-                    trace: Trace { routing: report.experts.is_some(), ..Trace::default() },
+                    // The token's own position is always computed.
+                    trace: Trace { routing: report.experts.is_some(), computed_only: true, ..Trace::default() },
                 });
                 let shown = if report.token_ids { ids.clone() } else { Vec::new() };
                 choices.push(Choice::new(report.clone(), index, shown, echo.clone()));
@@ -210,6 +222,7 @@ impl Asked {
             events: Box::pin(select_all(events).peekable()),
             usage: Usage { prompt_tokens, ..Usage::default() },
             include_usage: fields.stream_options.is_some_and(|options| options.include_usage == Some(true)),
+            tracked,
         })
     }
 }
@@ -237,6 +250,7 @@ async fn answer(mut call: Call) -> Result<Response, Problem> {
         call.count(&event);
         pieces[index].add(event);
     }
+    call.tracked.end(Outcome::Ok);
     let choices = call.choices.iter_mut().zip(&pieces).map(|(choice, piece)| choice.whole(piece)).collect();
     Ok(Json(call.head.whole(choices, call.usage)).into_response())
 }

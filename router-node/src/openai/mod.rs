@@ -29,6 +29,7 @@ use sirocco_process::http::Peer;
 
 use crate::callers::{Caller, Rate};
 use crate::intake::{Intake, Refusal};
+use crate::metrics::{Front, Outcome};
 use problem::Problem;
 pub(crate) use problem::whole_seconds;
 
@@ -61,8 +62,24 @@ pub(crate) fn routes(intake: Arc<Intake>, chat: Chat) -> Router {
             Problem::new(StatusCode::METHOD_NOT_ALLOWED, format!("/v1{} does not take {method}", uri.path()))
         })
         .layer(middleware::from_fn_with_state(api.clone(), identify))
+        .layer(middleware::from_fn_with_state(api.clone(), track))
         .with_state(api);
     Router::new().nest("/v1", v1)
+}
+
+/// Follows each request for a completion to its end, which is in its answer when that is a problem, and else told by whoever
+/// gives the answer.
+async fn track(State(api): State<Api>, mut request: Request, next: Next) -> Response {
+    if request.method() != Method::POST {
+        return next.run(request).await;
+    }
+    let tracked = api.intake.metrics.request(Front::Http);
+    request.extensions_mut().insert(tracked.clone());
+    let response = next.run(request).await;
+    if let Some(outcome) = response.extensions().get::<Outcome>() {
+        tracked.end(*outcome);
+    }
+    response
 }
 
 /// Gives each request an id, its answer the client's own or that one, and lets in only whose caller is known.

@@ -11,6 +11,7 @@ use sirocco_proto::Invalid;
 use crate::deadline::Overdue;
 use crate::engine::{GenerateError, SubmitError};
 use crate::intake::{RETRY_UNAVAILABLE, Refusal};
+use crate::metrics::Outcome;
 
 /// An answer that is an error.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,6 +23,8 @@ pub(super) struct Problem {
     code: Option<&'static str>,
     /// When the same request may be answered.
     retry_after: Option<Duration>,
+    /// How the request is counted.
+    pub(super) outcome: Outcome,
 }
 
 impl Problem {
@@ -35,7 +38,8 @@ impl Problem {
             StatusCode::INTERNAL_SERVER_ERROR => Some("internal_error"),
             _ => None,
         };
-        Self { status, message: message.into(), param: None, code, retry_after: None }
+        let outcome = if status.is_server_error() { Outcome::Internal } else { Outcome::Invalid };
+        Self { status, message: message.into(), param: None, code, retry_after: None, outcome }
     }
 
     /// A request that can never succeed because of `param`.
@@ -72,6 +76,7 @@ impl Problem {
 impl IntoResponse for Problem {
     fn into_response(self) -> Response {
         let mut response = (self.status, Json(self.body())).into_response();
+        response.extensions_mut().insert(self.outcome);
         let headers = response.headers_mut();
         if let Some(retry_after) = self.retry_after {
             headers.insert(header::RETRY_AFTER, HeaderValue::from(whole_seconds(retry_after)));
@@ -101,7 +106,7 @@ pub(crate) fn whole_seconds(wait: Duration) -> u64 {
 
 impl From<Overdue> for Problem {
     fn from(error: Overdue) -> Self {
-        Self::new(StatusCode::GATEWAY_TIMEOUT, error.to_string())
+        Self { outcome: Outcome::Overdue, ..Self::new(StatusCode::GATEWAY_TIMEOUT, error.to_string()) }
     }
 }
 
@@ -113,7 +118,7 @@ impl From<Invalid> for Problem {
 
 impl From<Refusal> for Problem {
     fn from(refusal: Refusal) -> Self {
-        let message = refusal.to_string();
+        let (message, outcome) = (refusal.to_string(), Outcome::from(&refusal));
         let retry_after = refusal.retry_after();
         let problem = match refusal {
             Refusal::UnknownModel { .. } => Self {
@@ -135,14 +140,14 @@ impl From<Refusal> for Problem {
             }
             Refusal::Internal(_) => Self::new(StatusCode::INTERNAL_SERVER_ERROR, message),
         };
-        Self { retry_after, ..problem }
+        Self { retry_after, outcome, ..problem }
     }
 }
 
 impl From<GenerateError> for Problem {
     fn from(error: GenerateError) -> Self {
-        let message = error.to_string();
-        match error {
+        let (message, outcome) = (error.to_string(), Outcome::from(&error));
+        let problem = match error {
             GenerateError::Grammar(_) => Self::new(StatusCode::BAD_REQUEST, message),
             GenerateError::TooLarge(_) => Self::invalid("max_tokens", message),
             GenerateError::Overdue(error) => error.into(),
@@ -151,7 +156,8 @@ impl From<GenerateError> for Problem {
                 Self { retry_after, ..Self::new(StatusCode::SERVICE_UNAVAILABLE, message) }
             }
             GenerateError::Internal(_) => Self::new(StatusCode::INTERNAL_SERVER_ERROR, message),
-        }
+        };
+        Self { outcome, ..problem }
     }
 }
 

@@ -14,6 +14,7 @@ use super::answer::total;
 use super::choice::{Choice, Kind, Piece};
 use super::generate::Call;
 use super::problem::Problem;
+use crate::metrics::Outcome;
 
 const DONE: &str = "[DONE]";
 
@@ -51,7 +52,9 @@ impl Sending {
             match self.call.events.next().await {
                 Some((index, Ok(event))) => self.take(index, event),
                 Some((_, Err(error))) => {
-                    self.ready.push_back(Problem::from(error).body().to_string());
+                    let problem = Problem::from(error);
+                    self.call.tracked.end(problem.outcome);
+                    self.ready.push_back(problem.body().to_string());
                     self.ended = true;
                 }
                 None => self.end(),
@@ -74,6 +77,7 @@ impl Sending {
             last["usage"] = total(self.call.usage);
             self.ready.push_back(last.to_string());
         }
+        self.call.tracked.end(Outcome::Ok);
         self.ready.push_back(DONE.to_owned());
         self.ended = true;
     }
@@ -98,6 +102,8 @@ mod tests {
     use super::super::choice::Report;
     use super::*;
     use crate::engine::GenerateError;
+    use crate::metrics::Front;
+    use crate::metrics::tests::metrics;
 
     fn token(index: u32, text: &str) -> Event {
         let (text, top_logprobs) = (text.to_owned(), Vec::new());
@@ -126,6 +132,7 @@ mod tests {
             events: Box::pin(stream::select_all([events]).peekable()),
             usage: Usage { prompt_tokens: 3, ..Usage::default() },
             include_usage: true,
+            tracked: metrics().0.request(Front::Http),
         };
         let body = axum::body::to_bytes(sse(call).into_body(), usize::MAX).await.unwrap();
         let text = String::from_utf8(body.to_vec()).unwrap();
