@@ -10,5 +10,6 @@ mod lifecycle;
 mod openai;
 mod operations;
 mod page;
+mod parameters;
 mod services;
 mod support;
