@@ -16,14 +16,19 @@ use anyhow::{Result, bail};
 pub const PATIENCE: Duration = Duration::from_mins(1);
 
 /// Waits until `condition` gives something.
-pub fn wait_for<T>(what: &str, mut condition: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+pub fn wait_for<T>(what: &str, condition: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+    wait_at_most(PATIENCE, what, condition)
+}
+
+/// The same for what may take longer, or must not take as long.
+pub fn wait_at_most<T>(patience: Duration, what: &str, mut condition: impl FnMut() -> Result<Option<T>>) -> Result<T> {
     let start = Instant::now();
     loop {
         if let Some(found) = condition()? {
             return Ok(found);
         }
-        if start.elapsed() > PATIENCE {
-            bail!("waited {PATIENCE:?} for {what}");
+        if start.elapsed() > patience {
+            bail!("waited {patience:?} for {what}");
         }
         std::thread::sleep(Duration::from_millis(10));
     }

@@ -3,12 +3,13 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
-use crate::wait_for;
+use crate::{PATIENCE, wait_at_most, wait_for};
 
 /// A running program; killed and reaped when dropped.
 #[derive(Debug)]
@@ -109,8 +110,13 @@ impl Process {
 
     /// Waits for its end.
     pub fn wait(&mut self) -> Result<ExitStatus> {
+        self.wait_at_most(PATIENCE)
+    }
+
+    /// Waits for its end as long as `patience`.
+    pub fn wait_at_most(&mut self, patience: Duration) -> Result<ExitStatus> {
         let child = &mut self.child;
-        wait_for(&format!("{} to end", self.name), || Ok(child.try_wait()?))
+        wait_at_most(patience, &format!("{} to end", self.name), || Ok(child.try_wait()?))
     }
 
     fn read(&self, name: &str) -> String {

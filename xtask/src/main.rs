@@ -21,7 +21,7 @@ Usage: cargo xtask <COMMAND>
 Commands:
   up [ARGS...]   Build the release binaries, then become `sirocco up ARGS...` (`cargo xtask up --help` lists them)
   test           Check everything, as continuous integration does: formatting, lints, binaries, all tests, documentation.
-                 Tests start etcd, Chromium and promtool: what SIROCCO_ETCD_BIN, SIROCCO_ETCDCTL_BIN, SIROCCO_CHROMIUM_BIN,
+                 Tests start etcd, Chromium, promtool, Python and Node: what SIROCCO_ETCD_BIN, SIROCCO_ETCDCTL_BIN, SIROCCO_CHROMIUM_BIN,
                  SIROCCO_CHROMEDRIVER_BIN and SIROCCO_PROMTOOL_BIN name, else what is on the path, else Debian's packages, which
                  are installed
       --no-install   Fail when one is missing instead of installing it

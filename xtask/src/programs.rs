@@ -21,7 +21,7 @@ pub(crate) struct Program {
 }
 
 /// Every such program.
-pub(crate) const PROGRAMS: [Program; 5] = [
+pub(crate) const PROGRAMS: [Program; 8] = [
     Program { name: "etcd", variable: "SIROCCO_ETCD_BIN", packages: &["etcd-server"], unit: Some("etcd.service") },
     Program { name: "etcdctl", variable: "SIROCCO_ETCDCTL_BIN", packages: &["etcd-client"], unit: None },
     Program {
@@ -32,10 +32,16 @@ pub(crate) const PROGRAMS: [Program; 5] = [
     },
     Program { name: "chromium", variable: "SIROCCO_CHROMIUM_BIN", packages: CHROMIUM, unit: None },
     Program { name: "chromedriver", variable: "SIROCCO_CHROMEDRIVER_BIN", packages: &["chromium-driver"], unit: None },
+    Program { name: "python3", variable: "SIROCCO_PYTHON_BIN", packages: PYTHON, unit: None },
+    Program { name: "node", variable: "SIROCCO_NODE_BIN", packages: &["nodejs"], unit: None },
+    Program { name: "npm", variable: "SIROCCO_NPM_BIN", packages: &["npm"], unit: None },
 ];
 
 /// A browser without fonts shows no text; with these, screenshots look the same everywhere.
 const CHROMIUM: &[&str] = &["chromium", "fonts-dejavu-core", "fonts-inter"];
+
+/// With what environments of its own are made of.
+const PYTHON: &[&str] = &["python3", "python3-venv"];
 
 /// What to do on a machine where programs are missing.
 #[derive(Clone, Copy, PartialEq, Eq)]

@@ -154,7 +154,9 @@ impl Choice {
                 json!({"tool_calls": [call]})
             }
             (_, Said::Arguments(arguments)) => {
-                json!({"tool_calls": [{"index": self.called.saturating_sub(1), "function": {"arguments": arguments}}]})
+                // Pieces are put together by clients, so the name goes on with nothing; Mistral's clients insist that there is one.
+                let function = json!({"name": "", "arguments": arguments});
+                json!({"tool_calls": [{"index": self.called.saturating_sub(1), "function": function}]})
             }
         };
         said["delta"] = delta;

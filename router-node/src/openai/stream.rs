@@ -201,7 +201,7 @@ mod tests {
                     assert_eq!((&piece["type"], &piece["function"]["arguments"]), (&json!("function"), &json!("")));
                     calls.push(piece.clone());
                 } else {
-                    assert!(piece["id"].is_null() && piece["function"]["name"].is_null());
+                    assert!(piece["id"].is_null() && piece["function"]["name"] == "");
                     let more = piece["function"]["arguments"].as_str().unwrap();
                     let arguments = format!("{}{more}", calls[index]["function"]["arguments"].as_str().unwrap());
                     calls[index]["function"]["arguments"] = arguments.into();

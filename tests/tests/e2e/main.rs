@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod callers;
+mod clients;
 mod commands;
 mod control;
 mod goldens;
@@ -10,6 +11,7 @@ mod metrics;
 mod openai;
 mod operations;
 mod page;
+mod parameters;
 mod services;
 mod storm;
 mod support;

@@ -4,6 +4,7 @@ mod answers;
 pub(crate) mod client;
 mod experts;
 mod forms;
+mod parameters;
 mod refusals;
 mod serving;
 
