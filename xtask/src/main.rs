@@ -21,13 +21,13 @@ Usage: cargo xtask <COMMAND>
 Commands:
   up [ARGS...]   Build the release binaries, then become `sirocco up ARGS...` (`cargo xtask up --help` lists them)
   test           Check everything, as continuous integration does: formatting, lints, binaries, all tests, documentation.
-                 Tests start etcd, Chromium, promtool, Python and Node: what SIROCCO_ETCD_BIN, SIROCCO_ETCDCTL_BIN, SIROCCO_CHROMIUM_BIN,
-                 SIROCCO_CHROMEDRIVER_BIN and SIROCCO_PROMTOOL_BIN name, else what is on the path, else Debian's packages, which
-                 are installed
+                 Tests start programs: what SIROCCO_<PROGRAM>_BIN names (ETCD, ETCDCTL, CHROMIUM, CHROMEDRIVER, PROMTOOL,
+                 PYTHON, NODE, NPM), else what is on the path, else Debian's packages, which are installed
       --no-install   Fail when one is missing instead of installing it
   bench NAME     Build for release, measure, and print figures beside their limits; fails when one is missed
       plan       How long plans take, and how balanced they are (docs/simulation.md)
       control    Joins, drains and takeovers on a real etcd under load, and how often etcd is written
+      serve      Streams, latency, cached prefixes, overload and idling of a cluster with the bundled model
   help           Print this
 
 Exit status: 0 done, 1 failed, 2 usage; `up` ends with the status of `sirocco up`.
