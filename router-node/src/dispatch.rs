@@ -96,6 +96,7 @@ impl Experts for RemoteExperts {
                 return Err(ExpertsError::Unavailable(describe(layer, &missing, self.timeout)));
             }
             tracing::debug!(%layer, experts = missing.len(), "experts did not answer, trying again");
+            drop(current);
             let wait = tokio::time::sleep_until(deadline.min(Instant::now() + backoff));
             tokio::select! {
                 () = wait => backoff = (backoff * 2).min(BACKOFF.1),

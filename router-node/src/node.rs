@@ -12,7 +12,7 @@ use sirocco_process::metrics::Page;
 use sirocco_process::{BindError, LifeError, NodeArgs, Running, advertised, bind};
 use sirocco_proto::server::Services;
 use sirocco_store::{ClusterState, Keys, LEASE_TTL, Mirror, Registration, Store, StoreError, to_json};
-use sirocco_types::{Device, Member, MemberState, ModelIdentity, ModelSpec, NodeId, NodeIdError, Role};
+use sirocco_types::{Device, Epoch, Member, MemberState, ModelIdentity, ModelSpec, NodeId, NodeIdError, Role};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -189,8 +189,9 @@ pub async fn start(
     let (sender, topology) = watch::channel(Arc::new(Topology::default()));
     let page = Page::new(&health);
     let metrics = Arc::new(Metrics::new(&page));
-    let follow = topology::follow(states.clone(), sender, Arc::clone(&metrics), connections.clone(), shutdown.clone());
-    tasks.spawn(follow);
+    let (told, epoch) = watch::channel(Epoch::default());
+    let (states_of, metrics_of) = (states.clone(), Arc::clone(&metrics));
+    tasks.spawn(topology::follow(states_of, sender, told, metrics_of, connections.clone(), shutdown.clone()));
     let tokens = Arc::new(ExpertCounts::new(&identity.spec));
     let reporter =
         Reporter { node: member.id.clone(), incarnation: member.incarnation, started, tokens: Arc::clone(&tokens) };
@@ -225,7 +226,7 @@ pub async fn start(
     let service = api::service(intake);
     let fronts = Fronts { grpc, services: Services::default().with(service), http, serving, routes };
     let presence = Presence { member, member_key, registration, health: health.clone() };
-    let presence = AbortOnDropHandle::new(tokio::spawn(presence.keep(states, topology, shutdown.clone())));
+    let presence = AbortOnDropHandle::new(tokio::spawn(presence.keep(states, epoch, shutdown.clone())));
     let grace = serving.grace;
     let life = Life { presence, mirror, tasks, connections, engine_thread, shutdown, grace };
     let life = tokio::spawn(life.run(fronts, health.clone()));
@@ -287,32 +288,32 @@ struct Presence {
 }
 
 impl Presence {
-    /// Keeps the member record and the health in step with the placement the router goes by, until `shutdown`.
+    /// Keeps the member record and the health in step with the placement that all the router does goes by, until `shutdown`.
     async fn keep(
         mut self,
         mut states: watch::Receiver<Arc<ClusterState>>,
-        mut topology: watch::Receiver<Arc<Topology>>,
+        mut epoch: watch::Receiver<Epoch>,
         shutdown: CancellationToken,
     ) -> Registration {
         loop {
-            let epoch = topology.borrow_and_update().epoch();
+            let current = *epoch.borrow_and_update();
             let own = self.member.model.as_ref().map(|model| model.fingerprint);
             let served = states.borrow_and_update().model().map(|model| model.fingerprint);
             match served {
                 Some(served) if Some(served) != own => {
                     self.health.not_ready(format!("the cluster serves another checkpoint, {}", served.short()));
                 }
-                _ if epoch.0 == 0 => self.health.not_ready("no placement serves yet"),
+                _ if current.0 == 0 => self.health.not_ready("no placement serves yet"),
                 _ => {
                     self.member.state = MemberState::Ready;
-                    self.member.serving_epoch = Some(epoch);
+                    self.member.serving_epoch = Some(current);
                     self.registration.set([(self.member_key.clone(), to_json(&self.member))]);
                     self.health.ready();
                 }
             }
             tokio::select! {
                 () = shutdown.cancelled() => return self.registration,
-                Ok(()) = topology.changed() => {}
+                Ok(()) = epoch.changed() => {}
                 Ok(()) = states.changed() => {}
             }
         }

@@ -3,10 +3,12 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use futures::StreamExt as _;
+use futures::stream::FuturesUnordered;
 use sirocco_store::ClusterState;
 use sirocco_types::{Epoch, ExpertKey, NodeId, Placement, Role};
 use tokio::sync::watch;
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
 use crate::connection::Connection;
@@ -21,6 +23,8 @@ const ORDINARY_SPEED: u32 = 100;
 pub(crate) struct Topology {
     placement: Placement,
     nodes: HashMap<NodeId, Node>,
+    /// Tells the follower once nothing goes by this topology any more.
+    in_use: Option<DropGuard>,
 }
 
 /// An expert node whose address is known.
@@ -52,7 +56,7 @@ impl Topology {
     /// the store but is still in the placement is kept as it was, because serving outlives the control plane.
     fn next(&self, state: &ClusterState, metrics: &Metrics, tasks: &TaskTracker) -> Self {
         let Some(placement) = state.serving() else {
-            return Self { placement: self.placement.clone(), nodes: self.nodes.clone() };
+            return Self { placement: self.placement.clone(), nodes: self.nodes.clone(), in_use: None };
         };
         let mut nodes = HashMap::new();
         for node in placement.iter().flat_map(|(_, replicas)| replicas) {
@@ -74,28 +78,46 @@ impl Topology {
             };
             nodes.insert(node.clone(), next);
         }
-        Self { placement: placement.clone(), nodes }
+        Self { placement: placement.clone(), nodes, in_use: None }
     }
 }
 
-/// Keeps `topology` in step with the cluster's state until `shutdown`.
+/// Keeps `topology` in step with the cluster's state until `shutdown`, and `epoch` at what everything under way goes by: a
+/// placement counts once no layer that was sent by an older one is still waited for, because nodes leave by what is said.
 pub(crate) async fn follow(
     mut state: watch::Receiver<Arc<ClusterState>>,
     topology: watch::Sender<Arc<Topology>>,
+    epoch: watch::Sender<Epoch>,
     metrics: Arc<Metrics>,
     tasks: TaskTracker,
     shutdown: CancellationToken,
 ) {
+    let mut older = FuturesUnordered::new();
+    let mut dropped = CancellationToken::new();
     loop {
-        let next = topology.borrow().next(&state.borrow_and_update(), &metrics, &tasks);
-        if next.epoch() != topology.borrow().epoch() {
-            tracing::info!(epoch = %next.epoch(), nodes = next.nodes.len(), "dispatching by a new placement");
+        let mut next = topology.borrow().next(&state.borrow_and_update(), &metrics, &tasks);
+        let next_epoch = next.epoch();
+        if next_epoch != topology.borrow().epoch() {
+            tracing::info!(epoch = %next_epoch, nodes = next.nodes.len(), "dispatching by a new placement");
         }
         metrics.forget_hops(|node| next.nodes.contains_key(node));
-        topology.send_replace(Arc::new(next));
-        tokio::select! {
-            () = shutdown.cancelled() => return,
-            changed = state.changed() => if changed.is_err() { return },
+        let replaced = std::mem::take(&mut dropped);
+        next.in_use = Some(dropped.clone().drop_guard());
+        if topology.send_replace(Arc::new(next)).in_use.is_some() {
+            older.push(replaced.cancelled_owned());
+        }
+        loop {
+            if older.is_empty() {
+                epoch.send_if_modified(|told| std::mem::replace(told, next_epoch) != next_epoch);
+            }
+            tokio::select! {
+                () = shutdown.cancelled() => return,
+                changed = state.changed() => match changed {
+                    Ok(()) => break,
+                    Err(_) => return,
+                },
+                Some(()) = older.next() => {}
+            }
         }
     }
 }
@@ -113,15 +135,20 @@ pub(crate) mod tests {
 
     /// A state in which every expert of [`spec`] is served by each of `nodes`, given with their speeds.
     pub(crate) fn state(nodes: &[(&str, Option<u32>)]) -> ClusterState {
+        placed(Epoch(1), nodes)
+    }
+
+    /// [`state`] by another placement.
+    fn placed(epoch: Epoch, nodes: &[(&str, Option<u32>)]) -> ClusterState {
         let keys = Keys::new("demo").unwrap();
         let ids: Vec<NodeId> = nodes.iter().map(|(name, _)| NodeId::new(name).unwrap()).collect();
         let model = ModelIdentity { name: "tiny".into(), fingerprint: Fingerprint([7; 32]), spec: spec() };
         let layer = to_json(&LayerPlacement { experts: vec![ids.clone(); model.spec.num_local_experts] });
         let mut entries = vec![
             (keys.model(), to_json(&model)),
-            (keys.layer(Epoch(1), LayerId(0)), layer.clone()),
-            (keys.layer(Epoch(1), LayerId(1)), layer),
-            (keys.placement(PlacementKind::Serving), to_json(&EpochRef { epoch: Epoch(1), leader: "c".into() })),
+            (keys.layer(epoch, LayerId(0)), layer.clone()),
+            (keys.layer(epoch, LayerId(1)), layer),
+            (keys.placement(PlacementKind::Serving), to_json(&EpochRef { epoch, leader: "c".into() })),
         ];
         entries.extend(ids.into_iter().zip(nodes).map(|(id, (name, speed))| {
             let member = Member {
@@ -164,5 +191,26 @@ pub(crate) mod tests {
         assert!(Arc::ptr_eq(first.connection(&a), faster.connection(&a)));
         let headless = faster.next(&ClusterState::default(), &metrics().0, &tasks);
         assert_eq!(speeds(&headless), [250, 1]);
+    }
+    #[tokio::test]
+    async fn a_placement_counts_once_nothing_goes_by_an_older_one() {
+        let (states, state_of) = watch::channel(Arc::new(state(&[("a", None)])));
+        let (topologies, mut topology) = watch::channel(Arc::new(Topology::default()));
+        let (epochs, mut epoch) = watch::channel(Epoch::default());
+        let (tasks, shutdown) = (TaskTracker::new(), CancellationToken::new());
+        let follower = follow(state_of, topologies, epochs, metrics().0, tasks.clone(), shutdown.clone());
+        let follower = tokio::spawn(follower);
+        epoch.wait_for(|epoch| *epoch == Epoch(1)).await.unwrap();
+        let first = Arc::clone(&topology.borrow_and_update());
+
+        states.send_replace(Arc::new(state(&[("a", Some(50))])));
+        topology.changed().await.unwrap();
+        states.send_replace(Arc::new(placed(Epoch(2), &[("a", None)])));
+        topology.wait_for(|topology| topology.epoch() == Epoch(2)).await.unwrap();
+        assert_eq!(*epoch.borrow(), Epoch(1), "a layer still goes by the first placement");
+        drop(first);
+        epoch.wait_for(|epoch| *epoch == Epoch(2)).await.unwrap();
+        shutdown.cancel();
+        follower.await.unwrap();
     }
 }
