@@ -20,7 +20,7 @@ mod packed;
 mod pool;
 mod wide;
 
-pub use attention::{AttentionShape, BLOCK_TOKENS, KvBlocks, Query, attend, store_kv};
+pub use attention::{AttentionShape, BLOCK_TOKENS, KvBlocks, Queries, attend, store_kv};
 pub use combine::weighted_sum;
 pub use device::{cpu_description, cuda_devices};
 pub use exp::exp_relative;
