@@ -219,7 +219,7 @@ impl Model {
             .iter()
             .map(|chunk| Queries { blocks: chunk.blocks, start: chunk.start, len: chunk.tokens.len() })
             .collect();
-        let attended = attend(kv.shape(), &q, &queries, kv.layer(id), &self.pool);
+        let attended = attend(kv.layer(id), &q, &queries, &self.pool);
         self.multiply(&attended, &layer.o)
     }
 

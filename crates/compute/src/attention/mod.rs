@@ -5,29 +5,28 @@
 //! prompt into pieces, reusing blocks, batching with others or spreading chunks over threads changes no bit. Within a block keys
 //! lie transposed, so that the lanes of a vector are different keys.
 
+mod cache;
 mod kernel;
-mod simd;
 #[cfg(test)]
 mod tests;
 
 use std::ops::Range;
-use std::sync::{Mutex, PoisonError};
 
 use crate::Pool;
+use crate::disjoint::Disjoint;
 use crate::wide::wide;
-use kernel::{Kernel, Task, fold, kernels, record_len};
+use kernel::{Task, fold, record_len};
+
+pub use cache::KvLayer;
 
 /// Tokens in one block of the cache.
 pub const BLOCK_TOKENS: usize = 32;
 
 /// Tokens that share one softmax; a multiple of [`BLOCK_TOKENS`].
-const CHUNK_TOKENS: usize = 512;
+const CHUNK_TOKENS: usize = 256;
 
-/// Tokens whose scores are treated alike, and to which the vectors of values are padded.
-const LANES: usize = 16;
-
-/// Rows of a task: enough that a chunk's keys and values are read from cache, few enough that its scores stay there.
-const TASK_ROWS: usize = 48;
+/// Sums of weights that a softmax keeps. Vectors of values are padded to a multiple of it.
+const SOFTMAX_LANES: usize = 16;
 
 /// The heads of an attention layer.
 #[derive(Clone, Copy, Debug)]
@@ -55,12 +54,13 @@ impl AttentionShape {
 
     /// Elements of a value, with the zeros that fill its last vector.
     fn padded_dim(&self) -> usize {
-        self.head_dim.next_multiple_of(LANES)
+        self.head_dim.next_multiple_of(SOFTMAX_LANES)
     }
 
-    /// How many positions `queries` see, all together.
-    fn all_seen(&self, queries: &Queries) -> usize {
-        (queries.start..queries.start + queries.len).map(|position| self.seen(position).len()).sum()
+    /// Multiply-adds that `queries` take.
+    fn work(&self, queries: &Queries) -> usize {
+        let seen = (queries.start..queries.start + queries.len).map(|position| self.seen(position).len());
+        seen.sum::<usize>() * self.heads * self.head_dim * 2
     }
 
     /// The positions that a token at `position` sees.
@@ -68,16 +68,6 @@ impl AttentionShape {
         let end = position + 1;
         self.window.map_or(0, |window| end.saturating_sub(window))..end
     }
-}
-
-/// One layer's keys and values: blocks of `[kv_heads][head_dim, BLOCK_TOKENS]` and `[kv_heads][BLOCK_TOKENS, head_dim]`, both with
-/// `head_dim` padded to a multiple of 16 by zeros.
-#[derive(Clone, Copy, Debug)]
-pub struct KvBlocks<'a> {
-    /// `[blocks, block_len]`
-    pub keys: &'a [f32],
-    /// `[blocks, block_len]`
-    pub values: &'a [f32],
 }
 
 /// Consecutive tokens of a sequence that attend.
@@ -91,70 +81,40 @@ pub struct Queries<'a> {
     pub len: usize,
 }
 
-/// Writes one token's `key` and `value`, `[kv_heads, head_dim]` each, to `slot` of a block.
-pub fn store_kv(
-    shape: &AttentionShape,
-    (keys, values): (&mut [f32], &mut [f32]),
-    slot: usize,
-    (key, value): (&[f32], &[f32]),
-) {
-    let (dim, len) = (shape.head_dim, shape.padded_dim() * BLOCK_TOKENS);
-    let heads = key.chunks_exact(dim).zip(value.chunks_exact(dim));
-    for ((key, value), (keys, values)) in heads.zip(keys.chunks_exact_mut(len).zip(values.chunks_exact_mut(len))) {
-        for (k, keys) in key.iter().zip(keys.chunks_exact_mut(BLOCK_TOKENS)) {
-            keys[slot] = *k;
-        }
-        values[slot * shape.padded_dim()..][..dim].copy_from_slice(value);
-    }
-}
-
 /// Attends each of `queries`, whose vectors are `q`, `[queries, heads, head_dim]`; returns the same shape. Keys and values
 /// of every position up to each query's own must have been stored.
-pub fn attend(shape: &AttentionShape, q: &[f32], queries: &[Queries], kv: KvBlocks, pool: &Pool) -> Vec<f32> {
-    attend_by(kernels()[0], shape, q, queries, kv, pool)
-}
-
-/// [`attend`] by one of the kernels.
-fn attend_by(
-    kernel: Kernel,
-    shape: &AttentionShape,
-    q: &[f32],
-    queries: &[Queries],
-    kv: KvBlocks,
-    pool: &Pool,
-) -> Vec<f32> {
+pub fn attend(layer: &KvLayer, q: &[f32], queries: &[Queries], pool: &Pool) -> Vec<f32> {
+    let shape = layer.shape();
     let width = shape.heads * shape.head_dim;
     let mut out = vec![0.0; q.len()]; // [queries, heads, head_dim]
-    let work = queries.iter().map(|queries| shape.all_seen(queries)).sum::<usize>() * width * 2;
-    let tiles = tiles(shape, queries, work / (4 * pool.threads()));
-    let tasks: Vec<Task> = tiles.iter().flat_map(|tile| tile.tasks(shape, q, kv)).collect();
+    let tiles = tiles(shape, queries, pool.threads());
+    let tasks: Vec<Task> = tiles.iter().flat_map(|tile| tile.tasks(layer, q)).collect();
+    let mut starts = vec![0]; // of the tasks' results among all
+    starts.extend(tasks.iter().scan(0, |end, task| {
+        *end += task.len();
+        Some(*end)
+    }));
 
-    let len = record_len(shape);
-    let mut records = vec![0.0; tasks.iter().map(Task::rows).sum::<usize>() * len];
-    let mut rest = records.as_mut_slice();
-    let targets: Vec<_> = tasks
-        .iter()
-        .map(|task| {
-            let (own, others) = std::mem::take(&mut rest).split_at_mut(task.rows() * len);
-            rest = others;
-            Mutex::new(own)
-        })
-        .collect();
+    let mut records = vec![0.0; starts[tasks.len()]];
+    let work = queries.iter().map(|queries| shape.work(queries)).sum();
+    let targets = Disjoint::new(&mut records);
     pool.for_each(tasks.len(), work, |index| {
-        kernel(&tasks[index], &mut targets[index].lock().unwrap_or_else(PoisonError::into_inner));
+        // SAFETY: every index is handed out once, and its part of the records is its own.
+        let out = unsafe { targets.slice(starts[index], starts[index + 1] - starts[index]) };
+        tasks[index].run(pool.isa(), out);
     });
-    drop(targets);
 
-    let mut rest = records.as_slice();
-    let mut of_query = Vec::with_capacity(out.len() / width); // a query's tile, the tile's records, its place in the tile
+    let mut places = Vec::with_capacity(out.len() / width); // of each query: its tile, the tile's records, its place there
+    let mut first_task = 0;
     for tile in &tiles {
-        let (own, others) = rest.split_at(shape.kv_heads * tile.parts.len() * tile.queries.len * shape.group() * len);
-        rest = others;
-        of_query.extend((0..tile.queries.len).map(|place| (tile, own, place)));
+        let tasks = tile.parts.len() * shape.kv_heads / tile.heads;
+        let records = &records[starts[first_task]..starts[first_task + tasks]];
+        places.extend((0..tile.queries.len).map(|query| (tile, records, query)));
+        first_task += tasks;
     }
     pool.for_each_row(&mut out, width, records.len(), |index, out| {
-        let (tile, records, place) = of_query[index];
-        finish(shape, tile.parts.len(), tile.queries.len, records, place, out);
+        let (tile, records, query) = places[index];
+        finish(shape, tile, records, query, out);
     });
     out
 }
@@ -164,13 +124,21 @@ struct Tile<'a> {
     /// Number of its first query.
     first: usize,
     queries: Queries<'a>,
-    /// The chunks they see, in the parts that are computed apart: all together, or each alone.
+    /// Key and value heads of a task: one or all.
+    heads: usize,
+    /// The chunks of each task: all together, or each alone.
     parts: Vec<Range<usize>>,
 }
 
-/// Cuts `queries` into tiles; one whose work for a key and value head is more than `most` takes each chunk apart.
-fn tiles<'a>(shape: &AttentionShape, queries: &[Queries<'a>], most: usize) -> Vec<Tile<'a>> {
-    let at_once = (TASK_ROWS / shape.group()).max(1);
+/// Cuts `queries` into tiles, and these into tasks that keep `threads` threads equally busy.
+fn tiles<'a>(shape: &AttentionShape, queries: &[Queries<'a>], threads: usize) -> Vec<Tile<'a>> {
+    /// From so many rows on a head's keys and values are used often enough, once they are near, to go through heads one by one.
+    const MANY_ROWS: usize = 32;
+    /// Queries of a tile at most.
+    const MOST: usize = 64;
+    let all: usize = queries.iter().map(|queries| queries.len).sum();
+    let at_once = (all * shape.kv_heads / (8 * threads)).clamp(1, MOST);
+    let most = queries.iter().map(|queries| shape.work(queries)).sum::<usize>() / (2 * threads);
     let mut tiles = Vec::new();
     let mut first = 0;
     for all in queries {
@@ -178,9 +146,14 @@ fn tiles<'a>(shape: &AttentionShape, queries: &[Queries<'a>], most: usize) -> Ve
             let queries = Queries { start: all.start + done, len: at_once.min(all.len - done), ..*all };
             let last = shape.seen(queries.start + queries.len - 1);
             let chunks = shape.seen(queries.start).start / CHUNK_TOKENS..last.end.div_ceil(CHUNK_TOKENS);
-            let work = shape.all_seen(&queries) * shape.group() * shape.head_dim * 2;
-            let parts = if work > most { chunks.map(|chunk| chunk..chunk + 1).collect() } else { vec![chunks] };
-            tiles.push(Tile { first, queries, parts });
+            let work = shape.work(&queries);
+            let mut heads = if queries.len * shape.group() < MANY_ROWS { shape.kv_heads } else { 1 };
+            let apart = work * heads / shape.kv_heads > most && chunks.len() > 1;
+            if apart && work * heads / shape.kv_heads / chunks.len() > most {
+                heads = 1;
+            }
+            let parts = if apart { chunks.map(|chunk| chunk..chunk + 1).collect() } else { vec![chunks] };
+            tiles.push(Tile { first, queries, heads, parts });
             first += queries.len;
         }
     }
@@ -188,31 +161,41 @@ fn tiles<'a>(shape: &AttentionShape, queries: &[Queries<'a>], most: usize) -> Ve
 }
 
 impl<'a> Tile<'a> {
-    /// Its tasks, in the order of their records: `[kv_heads, parts]`.
-    fn tasks(&self, shape: &'a AttentionShape, q: &'a [f32], kv: KvBlocks<'a>) -> impl Iterator<Item = Task<'a>> {
-        let width = shape.heads * shape.head_dim;
-        let Queries { blocks, start, len } = self.queries;
-        let q = &q[self.first * width..][..len * width];
-        (0..shape.kv_heads).flat_map(move |kv_head| {
-            self.parts.iter().map(move |chunks| Task { shape, kv, blocks, q, start, kv_head, chunks: chunks.clone() })
+    /// Its tasks, in the order of their results, `[kv_heads / heads, parts]`.
+    fn tasks(&self, layer: &'a KvLayer, q: &'a [f32]) -> impl Iterator<Item = Task<'a>> {
+        let AttentionShape { heads: q_heads, kv_heads, head_dim, .. } = *layer.shape();
+        let width = q_heads * head_dim;
+        let q = &q[self.first * width..][..self.queries.len * width];
+        (0..kv_heads).step_by(self.heads).flat_map(move |head| {
+            let task = move |chunks: &Range<usize>| Task {
+                layer,
+                queries: self.queries,
+                q,
+                heads: head..head + self.heads,
+                chunks: chunks.clone(),
+            };
+            self.parts.iter().map(task)
         })
     }
 }
 
 wide! {
-    /// Folds the parts of one query; `records` is `[kv_heads, parts, queries, group, record_len]`, `out` `[heads, head_dim]`.
-    fn finish(shape: &AttentionShape, parts: usize, queries: usize, records: &[f32], query: usize, out: &mut [f32]) = folded
+    /// Folds the parts of one query of `tile`, whose results are `records`, into `out`, `[heads, head_dim]`.
+    fn finish(shape: &AttentionShape, tile: &Tile, records: &[f32], query: usize, out: &mut [f32]) = folded
 }
 
 #[expect(clippy::inline_always, reason = "compiled once per instruction set, inside the caller that enables it")]
 #[inline(always)]
-fn folded(shape: &AttentionShape, parts: usize, queries: usize, records: &[f32], query: usize, out: &mut [f32]) {
+fn folded(shape: &AttentionShape, tile: &Tile, records: &[f32], query: usize, out: &mut [f32]) {
     let (len, group) = (record_len(shape), shape.group());
     let mut all = vec![0.0; len];
     for (head, out) in out.chunks_exact_mut(shape.head_dim).enumerate() {
+        let (kv_head, member) = (head / group, head % group);
         all.fill(0.0);
-        for part in 0..parts {
-            let record = ((head / group * parts + part) * queries + query) * group + head % group;
+        for part in 0..tile.parts.len() {
+            // [kv_heads / heads, parts, heads, queries, group]
+            let task = kv_head / tile.heads * tile.parts.len() + part;
+            let record = ((task * tile.heads + kv_head % tile.heads) * tile.queries.len + query) * group + member;
             fold(&mut all, &records[record * len..][..len]);
         }
         let sum = all[len - 1];

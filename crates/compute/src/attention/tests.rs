@@ -1,6 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::Isa;
 use crate::exp::exp;
 
 /// A sequence's queries, keys and values: `[tokens, heads, head_dim]` and twice `[tokens, kv_heads, head_dim]`.
@@ -70,20 +71,19 @@ fn oracle(shape: &AttentionShape, q: &[f32], keys: &[&[f32]], values: &[&[f32]],
 }
 
 /// A cache that holds one sequence, garbage where nothing is stored; and its blocks.
-fn stored(shape: &AttentionShape, sequence: &Sequence) -> (Vec<f32>, Vec<f32>, Vec<u32>) {
+fn stored(shape: &AttentionShape, sequence: &Sequence) -> (KvLayer, Vec<u32>) {
     let width = shape.kv_heads * shape.head_dim;
     let len = sequence.keys.len() / width;
     // in reverse order of allocation, to see the table used
     let blocks: Vec<u32> = (0..len.div_ceil(BLOCK_TOKENS) as u32 + 1).rev().collect();
-    let mut keys = vec![f32::NAN; blocks.len() * shape.block_len()];
-    let mut values = keys.clone();
-    for t in 0..len {
-        let at = blocks[t / BLOCK_TOKENS] as usize * shape.block_len();
-        let block = (&mut keys[at..][..shape.block_len()], &mut values[at..][..shape.block_len()]);
+    let mut layer = KvLayer::new(*shape, blocks.len());
+    let garbage = vec![f32::NAN; width];
+    for t in 0..blocks.len() * BLOCK_TOKENS {
         let row = t * width..(t + 1) * width;
-        store_kv(shape, block, t % BLOCK_TOKENS, (&sequence.keys[row.clone()], &sequence.values[row]));
+        let key = sequence.keys.get(row.clone()).unwrap_or(&garbage);
+        layer.store(blocks[t / BLOCK_TOKENS], t % BLOCK_TOKENS, key, sequence.values.get(row).unwrap_or(&garbage));
     }
-    (keys, values, blocks)
+    (layer, blocks)
 }
 
 /// Bits, all NaN alike.
@@ -124,8 +124,7 @@ proptest! {
                 expected.extend(oracle(&shape, q, &keys, &values, position));
             }
         }
-        let (keys, values, blocks) = stored(&shape, &sequence);
-        let kv = KvBlocks { keys: &keys, values: &values };
+        let (layer, blocks) = stored(&shape, &sequence);
         let q = &sequence.q[start * width..];
         let whole = [Queries { blocks: &blocks, start, len: len - start }];
         let first = (len - start) / 3;
@@ -133,9 +132,9 @@ proptest! {
             Queries { blocks: &blocks, start, len: first },
             Queries { blocks: &blocks, start: start + first, len: len - start - first },
         ];
-        for kernel in kernels() {
-            for (threads, queries) in [(1, &whole[..]), (3, &whole), (2, &pieces)] {
-                let got = attend_by(kernel, &shape, q, queries, kv, &Pool::new(threads).unwrap());
+        for isa in Isa::available() {
+            for (threads, queries) in [(1, &whole[..]), (2, &pieces), (3, &whole), (9, &whole)] {
+                let got = attend(&layer, q, queries, &Pool::with_isa(threads, isa).unwrap());
                 prop_assert_eq!(bits(&got), bits(&expected));
             }
         }
@@ -145,10 +144,9 @@ proptest! {
     fn it_is_softmax_attention(len in 1_usize..1300, window in proptest::option::of(1_usize..1300), seed in any::<u64>()) {
         let shape = AttentionShape { heads: 4, kv_heads: 2, head_dim: 8, window };
         let sequence = sequence(&shape, len, seed, None);
-        let (keys, values, blocks) = stored(&shape, &sequence);
-        let kv = KvBlocks { keys: &keys, values: &values };
+        let (layer, blocks) = stored(&shape, &sequence);
         let q = &sequence.q[(len - 1) * 32..];
-        let got = attend(&shape, q, &[Queries { blocks: &blocks, start: len - 1, len: 1 }], kv, &Pool::new(1).unwrap());
+        let got = attend(&layer, q, &[Queries { blocks: &blocks, start: len - 1, len: 1 }], &Pool::new(1).unwrap());
         for (head, (q, got)) in q.chunks(8).zip(got.chunks(8)).enumerate() {
             let of_head = |row: &[f32]| -> Vec<f64> { row[head / 2 * 8..][..8].iter().map(|x| f64::from(*x)).collect() };
             let mut sum = 0.0;
