@@ -23,7 +23,7 @@ mod pages;
 mod pool;
 mod wide;
 
-pub use attention::{AttentionShape, BLOCK_TOKENS, KvBlocks, Query, attend, store_kv};
+pub use attention::{AttentionShape, BLOCK_TOKENS, KvLayer, Queries, attend};
 pub use combine::weighted_sum;
 pub use device::{cpu_description, cuda_devices};
 pub use exp::exp_relative;

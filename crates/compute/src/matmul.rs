@@ -10,7 +10,7 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod kernels;
-mod lanes;
+pub(crate) mod lanes;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod portable;

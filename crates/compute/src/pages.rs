@@ -7,7 +7,7 @@ use std::ptr::NonNull;
 /// Bytes of a huge page.
 const HUGE: usize = 2 << 20;
 /// Bytes of a cache line, which is also the widest vector.
-const LINE: usize = 64;
+pub(crate) const LINE: usize = 64;
 
 /// A fixed number of 32-bit words, zero at first, at a multiple of [`LINE`].
 #[derive(Debug)]
@@ -29,17 +29,9 @@ impl Pages {
         }
         // SAFETY: the size is not zero.
         let Some(data) = NonNull::new(unsafe { alloc(layout) }) else { handle_alloc_error(layout) };
-        #[cfg(target_os = "linux")]
         if layout.align() == HUGE {
-            // SAFETY: whole pages of what was just allocated; the advice changes none of its contents. That the system may not
-            // follow it is no error.
-            let _ = unsafe {
-                rustix::mm::madvise(
-                    data.as_ptr().cast(),
-                    layout.size() / HUGE * HUGE,
-                    rustix::mm::Advice::LinuxHugepage,
-                )
-            };
+            // SAFETY: what was just allocated.
+            unsafe { prefer_huge(data.as_ptr(), layout.size()) };
         }
         // SAFETY: the allocation is `layout.size()` bytes long.
         unsafe { data.write_bytes(0, layout.size()) };
@@ -76,6 +68,18 @@ impl Drop for Pages {
             // SAFETY: allocated with this layout.
             unsafe { dealloc(self.data.as_ptr().cast(), layout) };
         }
+    }
+}
+
+/// Asks the system for huge pages where it will fill the `bytes` from `start` on. That it may not follow is no error.
+///
+/// SAFETY: they must be allocated.
+pub(crate) unsafe fn prefer_huge(start: *mut u8, bytes: usize) {
+    let skip = start.align_offset(HUGE);
+    #[cfg(target_os = "linux")]
+    if let Some(pages @ 1..) = bytes.checked_sub(skip).map(|bytes| bytes / HUGE) {
+        // SAFETY: whole pages of what is allocated; the advice changes none of its contents.
+        let _ = unsafe { rustix::mm::madvise(start.add(skip).cast(), pages * HUGE, rustix::mm::Advice::LinuxHugepage) };
     }
 }
 

@@ -9,7 +9,7 @@ use std::cell::RefCell;
 use std::time::{Duration, Instant};
 
 use futures::future::try_join_all;
-use sirocco_compute::{PackedMatrix, Pool, Query, Rotary, attend, matmul, rms_norm};
+use sirocco_compute::{PackedMatrix, Pool, Queries, Rotary, attend, matmul, rms_norm};
 use sirocco_types::{LayerId, ModelSpec, Routing};
 
 use crate::checkpoint::layer_tensor;
@@ -176,16 +176,12 @@ impl Model {
         for token in chunks.iter().flat_map(|chunk| chunk.tokens) {
             hidden.extend(self.embedding.row(*token as usize));
         }
-        let positions: Vec<(&[u32], usize)> = chunks
-            .iter()
-            .flat_map(|chunk| (chunk.start..).take(chunk.tokens.len()).map(|position| (chunk.blocks, position)))
-            .collect();
-        let angles: Vec<_> = positions.iter().map(|(_, position)| self.rotary.angles(*position)).collect();
+        let angles: Vec<_> = positions(chunks).map(|(_, position)| self.rotary.angles(position)).collect();
 
         let mut routing = Vec::with_capacity(self.layers.len());
         for (layer, id) in self.layers.iter().zip((0..).map(LayerId)) {
             let normed = rms_norm(&hidden, &layer.attention_norm, eps);
-            let attended = self.attention(layer, id, &normed, &positions, &angles, &mut kv.borrow_mut());
+            let attended = self.attention(layer, id, &normed, chunks, &angles, &mut kv.borrow_mut());
             add(&mut hidden, &attended);
 
             let normed = rms_norm(&hidden, &layer.experts_norm, eps);
@@ -205,7 +201,7 @@ impl Model {
         layer: &Layer,
         id: LayerId,
         normed: &[f32],
-        positions: &[(&[u32], usize)],
+        chunks: &[SequenceChunk<'_>],
         angles: &[Vec<(f32, f32)>],
         kv: &mut KvCache,
     ) -> Vec<f32> {
@@ -213,15 +209,17 @@ impl Model {
         let mut k = self.multiply(normed, &layer.k); // [tokens, kv_heads * head_dim]
         let v = self.multiply(normed, &layer.v); // [tokens, kv_heads * head_dim]
         let (q_width, kv_width) = (layer.q.outputs(), layer.k.outputs());
-        for (index, (table, position)) in positions.iter().enumerate() {
+        for (index, (table, position)) in positions(chunks).enumerate() {
             Rotary::rotate(&mut q[index * q_width..][..q_width], &angles[index]);
             let key = &mut k[index * kv_width..][..kv_width];
             Rotary::rotate(key, &angles[index]);
-            kv.store(id, table, *position, key, &v[index * kv_width..][..kv_width]);
+            kv.store(id, table, position, key, &v[index * kv_width..][..kv_width]);
         }
-        let queries: Vec<Query> =
-            positions.iter().map(|(blocks, position)| Query { position: *position, blocks }).collect();
-        let attended = attend(kv.shape(), &q, &queries, kv.layer(id), &self.pool);
+        let queries: Vec<Queries> = chunks
+            .iter()
+            .map(|chunk| Queries { blocks: chunk.blocks, start: chunk.start, len: chunk.tokens.len() })
+            .collect();
+        let attended = attend(kv.layer(id), &q, &queries, &self.pool);
         self.multiply(&attended, &layer.o)
     }
 
@@ -249,6 +247,11 @@ impl Model {
         matmul(x, w, &mut out, &self.pool);
         out
     }
+}
+
+/// The blocks and the position of every token.
+fn positions<'a>(chunks: &'a [SequenceChunk<'_>]) -> impl Iterator<Item = (&'a [u32], usize)> {
+    chunks.iter().flat_map(|chunk| (chunk.start..).take(chunk.tokens.len()).map(|position| (chunk.blocks, position)))
 }
 
 fn add(hidden: &mut [f32], residual: &[f32]) {

@@ -8,7 +8,7 @@ use crate::packed::{PANEL, WORDS};
 /// A vector of f32. Each lane is another output, never part of a sum.
 ///
 /// SAFETY: every function needs the instruction set that it is written in, and pointers to [`Lanes::COUNT`] elements.
-pub(super) trait Lanes: Copy {
+pub(crate) trait Lanes: Copy {
     /// Lanes of a vector.
     const COUNT: usize;
 

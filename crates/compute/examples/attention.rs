@@ -1,0 +1,89 @@
+//! Measures attention beside what the machine can do at best. A JSON line each: name, measured, floor, unit.
+//!
+//! Keys and values take more memory than any cache, and each step reads others, as the layers of a model do.
+
+mod floors;
+
+use std::hint::black_box;
+use std::time::Instant;
+
+use sirocco_compute::{AttentionShape, BLOCK_TOKENS, Isa, KvLayer, Pool, Queries, attend};
+
+const SHAPE: AttentionShape = AttentionShape { heads: 16, kv_heads: 4, head_dim: 64, window: None };
+const THREADS: usize = 2;
+/// Tokens in the cache: 1.25 GiB of keys and values.
+const TOKENS: usize = 640 << 10;
+const REPETITIONS: usize = 5;
+
+/// A step: several sequences with as many tokens before, each going on by as many.
+struct Step {
+    name: &'static str,
+    sequences: usize,
+    start: usize,
+    tokens: usize,
+}
+
+const STEPS: [Step; 6] = [
+    Step { name: "attention decode, 1 sequence of 2k", sequences: 1, start: 2047, tokens: 1 },
+    Step { name: "attention decode, 1 sequence of 8k", sequences: 1, start: 8191, tokens: 1 },
+    Step { name: "attention decode, 1 sequence of 32k", sequences: 1, start: 32767, tokens: 1 },
+    Step { name: "attention decode, 16 sequences of 2k", sequences: 16, start: 2047, tokens: 1 },
+    Step { name: "attention prefill of 512", sequences: 1, start: 0, tokens: 512 },
+    Step { name: "attention prefill of 512 after 4k", sequences: 1, start: 4096, tokens: 512 },
+];
+
+fn main() {
+    let width = SHAPE.kv_heads * SHAPE.head_dim;
+    let noise = |len: usize| -> Vec<f32> { (0..len).map(|i| (i * 7919 % 1009) as f32 / 5e3 - 0.1).collect() };
+    let row = noise(width * 2);
+    let blocks: Vec<u32> = (0..(TOKENS / BLOCK_TOKENS) as u32).collect();
+    let mut layer = KvLayer::new(SHAPE, blocks.len());
+    for t in 0..TOKENS {
+        layer.store((t / BLOCK_TOKENS) as u32, t % BLOCK_TOKENS, &row[t % width..][..width], &row[t % 7..][..width]);
+    }
+    let q = noise(512 * SHAPE.heads * SHAPE.head_dim);
+
+    let memory = floors::Memory::new();
+    for isa in Isa::available().into_iter().skip(1).rev() {
+        let pool = Pool::with_isa(THREADS, isa).expect("two threads");
+        let (mut read, mut fma) = (0.0_f64, 0.0_f64);
+        let mut best = [f64::INFINITY; STEPS.len()];
+        for _ in 0..REPETITIONS {
+            read = read.max(memory.read(THREADS, isa));
+            fma = fma.max(floors::multiply_adds(THREADS, isa));
+            for (best, step) in best.iter_mut().zip(&STEPS) {
+                *best = best.min(seconds(step, &layer, &blocks, &q, &pool));
+            }
+        }
+        // The best instruction set goes by no name.
+        let suffix = if isa == Isa::best() { String::new() } else { format!(", {isa:?}") };
+        for (best, step) in best.iter().zip(&STEPS) {
+            let seen: usize = (step.start + 1..=step.start + step.tokens).sum();
+            let name = format!("{}{suffix}", step.name);
+            if step.tokens > 1 {
+                print(&name, (4 * seen * SHAPE.heads * SHAPE.head_dim) as f64 / best, fma, "GFLOP/s");
+            } else {
+                print(&name, (step.sequences * seen * 2 * width * size_of::<f32>()) as f64 / best, read, "GB/s");
+            }
+        }
+    }
+}
+
+fn print(name: &str, measured: f64, floor: f64, unit: &str) {
+    println!(r#"{{"name":"{name}","measured":{:.2},"floor":{:.2},"unit":"{unit}"}}"#, measured / 1e9, floor / 1e9);
+}
+
+/// Seconds that a step takes, of as many as the cache has room for.
+fn seconds(step: &Step, layer: &KvLayer, blocks: &[u32], q: &[f32], pool: &Pool) -> f64 {
+    let per_sequence = (step.start + step.tokens).div_ceil(BLOCK_TOKENS);
+    let places = blocks.chunks_exact(per_sequence * step.sequences);
+    let rounds = if step.tokens > 1 { 4 } else { places.len() };
+    let q = &q[..step.sequences * step.tokens * SHAPE.heads * SHAPE.head_dim];
+    let since = Instant::now();
+    for place in places.take(rounds) {
+        let queries = |blocks| Queries { blocks, start: step.start, len: step.tokens };
+        let queries: Vec<Queries> = place.chunks(per_sequence).map(queries).collect();
+        black_box(attend(layer, q, &queries, pool));
+    }
+    since.elapsed().as_secs_f64() / rounds as f64
+}
