@@ -23,7 +23,8 @@ mod tokenizer;
 
 pub use calls::{CallReader, Marker, Said, TOOL_CALLS};
 pub use chat::{CalledFunction, ChatError, ChatTemplate, Message, ToolCall};
-pub use checkpoint::{Checkpoint, CheckpointError};
+pub use checkpoint::{Checkpoint, CheckpointError, expected_tensors};
+pub use config::read_spec;
 pub use detokenizer::Detokenizer;
 pub use experts::{Experts, ExpertsError, LocalExperts, combine};
 pub use forward::{Logits, Model, SequenceChunk, StepOutput, StepTimes};
