@@ -1,4 +1,4 @@
-//! `sirocco model`: what a checkpoint is, without loading it.
+//! `sirocco model`: what a checkpoint is, without loading it; and making one.
 
 use std::path::PathBuf;
 
@@ -7,8 +7,8 @@ use serde::Serialize;
 use sirocco_model::{Checkpoint, Tokenizer};
 use sirocco_types::{Bytes, ModelIdentity};
 
-use crate::bundled;
 use crate::output::{self, Format, column, table};
+use crate::{bundled, generate_random};
 
 /// What to do with a checkpoint.
 #[derive(Debug, clap::Subcommand)]
@@ -21,6 +21,8 @@ pub(crate) enum Command {
         #[arg(short, long, env = "SIROCCO_OUTPUT", value_enum, default_value_t)]
         output: Format,
     },
+    /// Write a Mixtral of random weights, to measure with
+    GenerateRandom(generate_random::Args),
 }
 
 #[derive(Serialize)]
@@ -34,10 +36,16 @@ struct Inspection {
 }
 
 /// Runs the command.
-pub(crate) fn run(command: &Command) -> Result<()> {
-    let Command::Inspect { folder, output: format } = command;
+pub(crate) async fn run(command: Command) -> Result<()> {
+    match command {
+        Command::Inspect { folder, output } => inspect(folder, output),
+        Command::GenerateRandom(args) => generate_random::run(args).await,
+    }
+}
+
+fn inspect(folder: Option<PathBuf>, format: Format) -> Result<()> {
     let folder = match folder {
-        Some(folder) => folder.clone(),
+        Some(folder) => folder,
         None => bundled::folder()?,
     };
     let checkpoint = Checkpoint::open(&folder)?;
@@ -50,7 +58,7 @@ pub(crate) fn run(command: &Command) -> Result<()> {
         expert_bytes: spec.expert_bytes(),
         all_experts_bytes: spec.expert_bytes() * spec.experts().count() as u64,
     };
-    output::print(&output::one(*format, &inspection, || text(&inspection))?)
+    output::print(&output::one(format, &inspection, || text(&inspection))?)
 }
 
 fn text(inspection: &Inspection) -> String {

@@ -5,9 +5,11 @@ mod bench;
 mod bundled;
 mod cluster;
 mod generate;
+mod generate_random;
 mod inspect;
 mod keys;
 mod output;
+mod random;
 mod simulate;
 mod terminal;
 mod time;
@@ -42,7 +44,7 @@ enum Command {
     Generate(generate::Args),
     #[command(flatten)]
     Cluster(cluster::Command),
-    /// Look at a checkpoint
+    /// Look at a checkpoint, or make one
     #[command(subcommand)]
     Model(inspect::Command),
     /// Make, list and revoke the API keys of routers
@@ -109,7 +111,7 @@ async fn ask(command: Command, shutdown: &CancellationToken) -> anyhow::Result<(
         Command::Up(_) => unreachable!("it has been taken care of"),
         Command::Generate(args) => generate::run(args).await,
         Command::Cluster(command) => cluster::run(command, shutdown).await,
-        Command::Model(command) => inspect::run(&command),
+        Command::Model(command) => inspect::run(command).await,
         Command::Keys(command) => keys::run(command),
         Command::Bench(args) => bench::run(args).await,
         Command::Simulate(args) => simulate::run(&args),

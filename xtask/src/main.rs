@@ -24,10 +24,16 @@ Commands:
                  Tests start programs: what SIROCCO_<PROGRAM>_BIN names (ETCD, ETCDCTL, CHROMIUM, CHROMEDRIVER, PROMTOOL,
                  PYTHON, NODE, NPM), else what is on the path, else Debian's packages, which are installed
       --no-install   Fail when one is missing instead of installing it
-  bench NAME     Build for release, measure, and print figures beside their limits; fails when one is missed
+  bench [NAME]   Build for release, measure, and print figures beside what they must reach; fails when one does not
+                 Without a name, the first four (docs/benchmarks.md)
+      kernels    Experts of bf16, int8 and int4 weights over the machine's memory and multiply-adds
+      attention  Attention by context over the same
+      hop        Round trips to expert nodes over those of bare TCP, by size, and to eight at once
+      model      A model of 1.1 billion parameters in one process, and in a cluster of eight expert nodes over that
       plan       How long plans take, and how balanced they are (docs/simulation.md)
       control    Joins, drains and takeovers on a real etcd under load, and how often etcd is written
       serve      Streams, latency, cached prefixes, overload and idling of a cluster with the bundled model
+      -o json    Print a list of objects instead of a table; not for plan and control
   help           Print this
 
 Exit status: 0 done, 1 failed, 2 usage; `up` ends with the status of `sirocco up`.
@@ -43,16 +49,14 @@ fn main() -> ExitCode {
         ["up", rest @ ..] => up::run(rest),
         ["test"] => steps::test(programs::WhenMissing::Install),
         ["test", "--no-install"] => steps::test(programs::WhenMissing::Fail),
-        ["bench", name] if !name.starts_with('-') => match bench::find(name) {
-            Some(run) => run(),
-            None => return usage(&format!("there is no benchmark {name:?}")),
-        },
         ["help" | "--help" | "-h"] | ["test" | "bench", "--help" | "-h"] => {
             print!("{HELP}");
             Ok(())
         }
-        ["bench"] => return usage("`bench` needs a name"),
-        ["bench", _, other, ..] => return usage(&format!("`bench` has no argument {other:?}")),
+        ["bench", rest @ ..] => match bench::Request::parse(rest) {
+            Ok(request) => request.run(),
+            Err(problem) => return usage(&problem),
+        },
         [] => return usage("a command is missing"),
         ["test", other, ..] => return usage(&format!("`test` has no argument {other:?}")),
         [other, ..] => return usage(&format!("there is no command {other:?}")),
@@ -88,6 +92,17 @@ fn cargo(args: &[&str]) -> Result<Command> {
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo.args(args).current_dir(root()).env("PROTOC", protoc()?);
     Ok(cargo)
+}
+
+/// Takes from `command` what this program's caller set for Sirocco's programs, but for what `command` sets itself.
+fn without_settings(command: &mut Command) -> &mut Command {
+    let own: Vec<std::ffi::OsString> = command.get_envs().map(|(name, _)| name.to_owned()).collect();
+    for (name, _) in std::env::vars_os() {
+        if name.as_encoded_bytes().starts_with(b"SIROCCO_") && !own.contains(&name) {
+            command.env_remove(name);
+        }
+    }
+    command
 }
 
 /// The vendored `protoc`, made executable: some ways of unpacking a crate drop the permission.

@@ -303,7 +303,7 @@ impl Shard {
 }
 
 /// Every tensor a model of this shape has, with its shape. One at a time: a configuration may claim more than memory holds.
-fn expected_tensors(spec: &ModelSpec) -> impl Iterator<Item = (String, Vec<usize>)> {
+pub fn expected_tensors(spec: &ModelSpec) -> impl Iterator<Item = (String, Vec<usize>)> {
     let (hidden, inter, experts) = (spec.hidden_size, spec.intermediate_size, spec.num_local_experts);
     let (q, kv) = (spec.num_attention_heads * spec.head_dim, spec.num_key_value_heads * spec.head_dim);
     let lm_head = (!spec.tie_word_embeddings).then_some(("lm_head.weight", vec![spec.vocab_size, hidden]));

@@ -13,8 +13,10 @@ const SUPPORTED: [&str; 1] = ["mixtral"];
 /// What transformers takes for a Mixtral that does not say.
 const DEFAULT_ROPE_THETA: f32 = 1e6;
 
-/// Reads and checks the model's shape.
-pub(crate) fn read_spec(folder: &Path) -> Result<ModelSpec, CheckpointError> {
+/// Reads and checks the model's shape from `config.json` and `generation_config.json` in `folder`. Weights need not be there.
+///
+/// Errors: `Read`, `Config`.
+pub fn read_spec(folder: &Path) -> Result<ModelSpec, CheckpointError> {
     let config = Config { file: "config.json", value: read_json(folder, "config.json")? };
     let model_type = config.value["model_type"].as_str().ok_or_else(|| config.bad("model_type", "absent"))?;
     if !SUPPORTED.contains(&model_type) {

@@ -1,6 +1,7 @@
 //! The experts of a layer, wherever they are.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use sirocco_compute::{ExpertWeights, Pool, weighted_sum};
 use sirocco_types::{ExpertKey, LayerId, Routing};
@@ -46,10 +47,20 @@ pub struct LocalExperts {
 }
 
 impl LocalExperts {
-    /// Loads every expert.
+    /// Loads every expert, as many at a time as `pool` has threads.
     pub fn load(checkpoint: &Checkpoint, pool: Pool) -> Result<Self, CheckpointError> {
-        let load = |key| Ok((key, checkpoint.load_expert(key)?));
-        let experts = checkpoint.spec().experts().map(load).collect::<Result<_, _>>()?;
+        let keys: Vec<ExpertKey> = checkpoint.spec().experts().collect();
+        let next = AtomicUsize::new(0);
+        let load = || {
+            let mine = std::iter::from_fn(|| keys.get(next.fetch_add(1, Ordering::Relaxed)).copied());
+            mine.map(|key| Ok((key, checkpoint.load_expert(key)?))).collect::<Result<Vec<_>, CheckpointError>>()
+        };
+        let shares = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..pool.threads()).map(|_| scope.spawn(load)).collect();
+            let joined = threads.into_iter().map(|thread| thread.join().expect("loading does not panic"));
+            joined.collect::<Result<Vec<_>, _>>()
+        })?;
+        let experts = shares.into_iter().flatten().collect();
         Ok(Self { experts, hidden_size: checkpoint.spec().hidden_size, pool })
     }
 }

@@ -3,7 +3,7 @@
 //! [`Checkpoint`] reads a Hugging Face folder by byte range. [`Model`] is the part of it that runs on a router node; the
 //! experts stand behind the trait [`Experts`], so the same forward pass runs in one process ([`LocalExperts`]) or over a
 //! network. Every `.await` in this crate is a possible network hop. It never opens a socket, and starts
-//! no thread but the short-lived one that [`Grammars::compile`] needs.
+//! no thread but the short-lived ones that [`Grammars::compile`] and [`LocalExperts::load`] need.
 #![forbid(unsafe_code)]
 
 mod calls;
@@ -23,7 +23,8 @@ mod tokenizer;
 
 pub use calls::{CallReader, Marker, Said, TOOL_CALLS};
 pub use chat::{CalledFunction, ChatError, ChatTemplate, Message, ToolCall};
-pub use checkpoint::{Checkpoint, CheckpointError};
+pub use checkpoint::{Checkpoint, CheckpointError, expected_tensors};
+pub use config::read_spec;
 pub use detokenizer::Detokenizer;
 pub use experts::{Experts, ExpertsError, LocalExperts, combine};
 pub use forward::{Logits, Model, SequenceChunk, StepOutput, StepTimes};

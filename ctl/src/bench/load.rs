@@ -11,6 +11,8 @@ use sirocco_proto::wire::inference as wire;
 use sirocco_proto::wire::inference::generate_response::Event;
 use tokio::task::JoinSet;
 
+use crate::random::Random;
+
 /// What to ask, and when.
 pub(super) struct Plan {
     /// At least one; used in turn.
@@ -143,24 +145,6 @@ fn prompt(asked: Asked, seed: u64, number: u64) -> Vec<u32> {
         (random.next() % u64::from(asked.vocab_size.max(1))) as u32
     };
     (0..asked.prompt_tokens).map(&mut draw).collect()
-}
-
-/// Random numbers that anybody can repeat. Source: SplitMix64, Steele, Lea and Flood, OOPSLA 2014.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// In [0, 1).
-    fn uniform(&mut self) -> f64 {
-        (self.next() >> 11) as f64 / (1_u64 << 53) as f64
-    }
 }
 
 #[cfg(test)]

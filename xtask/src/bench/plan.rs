@@ -6,6 +6,8 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
+use super::parts;
+
 /// Simulations whose plans have a time limit, in milliseconds: 288 slots over 144 nodes, and 2,000 nodes.
 const TIMED: [(&[&str], f64); 2] = [
     (&["--shape", "deepseek-v3", "--nodes", "144", "--extra-replicas", "32"], 250.0),
@@ -14,11 +16,7 @@ const TIMED: [(&[&str], f64); 2] = [
 
 /// Builds the release `sirocco`, and prints how long its plans take against their limits and the table of all shapes.
 pub(super) fn run() -> Result<()> {
-    let status = crate::cargo(&["build", "--locked", "--release", "--package", "sirocco"])?.status();
-    let status = status.context("start cargo")?;
-    if !status.success() {
-        bail!("the build ended with {status}");
-    }
+    parts::build(&["--package", "sirocco"])?;
     let sirocco = crate::target_folder()?.join("release/sirocco");
     let mut late = 0;
     for (flags, limit_ms) in TIMED {
@@ -42,9 +40,6 @@ pub(super) fn run() -> Result<()> {
 /// `sirocco simulate` as it is without settings from the environment.
 fn simulate(sirocco: &Path) -> Command {
     let mut command = Command::new(sirocco);
-    command.arg("simulate");
-    for (name, _) in std::env::vars_os().filter(|(name, _)| name.as_encoded_bytes().starts_with(b"SIROCCO_")) {
-        command.env_remove(name);
-    }
+    crate::without_settings(command.arg("simulate"));
     command
 }

@@ -2,12 +2,15 @@
 //!
 //! Every figure is a ratio of two that were measured in the same run, or a share of the machine; its limit stands beside it.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
+
+use super::figures::{Bar, Figure, Measured};
+use super::parts;
 
 /// How long a cluster may take to be ready.
 const READY: Duration = Duration::from_mins(1);
@@ -17,40 +20,21 @@ const IDLE: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(
 const SECONDS: &str = "12";
 const OVERLOAD_SECONDS: &str = "60";
 
-/// A figure, its limit, and whether it must stay below.
-struct Figure {
-    name: &'static str,
-    value: f64,
-    limit: f64,
-    below: bool,
-    /// What it was made of.
-    from: String,
+/// A value over another, and what their ratio must reach.
+fn figure(name: &str, (value, floor, unit): (f64, f64, &str), bar: Bar, note: String) -> Figure {
+    let measured = Measured { value, floor, unit: unit.to_owned(), note };
+    Figure { name: name.to_owned(), measured: Some(measured), bar: Some(bar) }
 }
 
-impl Figure {
-    fn holds(&self) -> bool {
-        if self.below { self.value <= self.limit } else { self.value >= self.limit }
-    }
-}
-
-/// Measures, prints, and fails when a limit is missed.
-pub(super) fn run() -> Result<()> {
-    let mut build = crate::cargo(&["build", "--locked", "--release", "--package", "sirocco"])?;
-    ensure!(build.status().context("start cargo")?.success(), "the build failed");
+/// Measures.
+pub(super) fn run() -> Result<Vec<Figure>> {
+    parts::build(&["--package", "sirocco"])?;
     let cluster = Cluster::start(crate::target_folder()?.join("release/sirocco"))?;
     let mut figures = vec![cluster.idle()?];
     figures.extend(cluster.streams()?);
     figures.push(cluster.prefix()?);
     figures.extend(cluster.overload()?);
-    println!("{:<58} {:>8} {:>10}", "", "measured", "limit");
-    for figure in &figures {
-        let (sign, outcome) = (if figure.below { "<=" } else { ">=" }, if figure.holds() { "ok" } else { "MISSED" });
-        let Figure { name, value, limit, from, .. } = figure;
-        println!("{name:<58} {value:>8.3} {sign:>4} {limit:>5} {outcome:<6} ({from})");
-    }
-    let missed = figures.iter().filter(|figure| !figure.holds()).count();
-    ensure!(missed == 0, "{missed} of {} limits were missed", figures.len());
-    Ok(())
+    Ok(figures)
 }
 
 /// `sirocco up` on free ports. Dropping it ends it.
@@ -64,8 +48,8 @@ impl Cluster {
     fn start(sirocco: PathBuf) -> Result<Self> {
         let output = std::env::temp_dir().join(format!("sirocco-bench-{}.log", std::process::id()));
         let file = std::fs::File::create(&output).with_context(|| output.display().to_string())?;
-        let mut command = without_settings(&sirocco);
-        command.args(["up", "--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0"]);
+        let mut command = Command::new(&sirocco);
+        crate::without_settings(&mut command).args(["up", "--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0"]);
         command.args(["--coordinator-grpc", "127.0.0.1:0", "--coordinator-http", "127.0.0.1:0"]);
         let process =
             command.stdin(Stdio::null()).stdout(file).stderr(Stdio::null()).spawn().context("start sirocco")?;
@@ -90,13 +74,13 @@ impl Cluster {
 
     /// Puts a load on and returns what `sirocco bench` reports.
     fn bench(&self, args: &[&str]) -> Result<Value> {
-        let mut command = without_settings(&self.sirocco);
-        command.args(["bench", "--router", &self.router, "-o", "json"]).args(args);
+        let mut command = Command::new(&self.sirocco);
+        crate::without_settings(&mut command).args(["bench", "--router", &self.router, "-o", "json"]).args(args);
         let output = command.output().context("start sirocco bench")?;
         ensure!(output.status.success(), "sirocco bench: {}", String::from_utf8_lossy(&output.stderr));
         let report: Value = serde_json::from_slice(&output.stdout).context("its report")?;
         ensure!(report["failed"] == 0, "requests failed: {report}");
-        println!("sirocco bench {}: {report}", args.join(" "));
+        eprintln!("sirocco bench {}: {report}", args.join(" "));
         Ok(report)
     }
 
@@ -107,7 +91,7 @@ impl Cluster {
         std::thread::sleep(IDLE.1);
         let share = (self.cpu_seconds()? - before) / IDLE.1.as_secs_f64();
         let from = "router, coordinator and 8 expert nodes".to_owned();
-        Ok(Figure { name: "idle cluster: share of one core", value: share, limit: 0.01, below: true, from })
+        Ok(figure("idle cluster: share of one core", (share, 1.0, "cores"), Bar::below(0.01), from))
     }
 
     /// One stream, 32, and random arrivals at 80% of what those are served at.
@@ -120,20 +104,13 @@ impl Cluster {
         let busy = self.bench(&[&["--rate", &rate, "--seed", "3"], &load[..]].concat())?;
         let (p50, p99) = (number(&busy["inter_token_ms"], "p50")?, number(&busy["inter_token_ms"], "p99")?);
         Ok([
-            Figure {
-                name: "32 streams: tokens/s over those of one stream",
-                value: together / alone,
-                limit: 6.0,
-                below: false,
-                from: format!("{together:.0} and {alone:.0} tokens/s"),
-            },
-            Figure {
-                name: "80% of peak load: inter-token p99 over p50",
-                value: p99 / p50,
-                limit: 3.0,
-                below: true,
-                from: format!("{p99:.1} and {p50:.1} ms at {rate} requests/s"),
-            },
+            figure("32 streams over one stream", (together, alone, "tokens/s"), Bar::above(6.0), String::new()),
+            figure(
+                "80% of peak load: p99 between tokens over p50",
+                (p99, p50, "ms"),
+                Bar::below(3.0),
+                format!("at {rate} requests/s"),
+            ),
         ])
     }
 
@@ -150,14 +127,9 @@ impl Cluster {
             ratios.push((ms(&second)? / ms(&first)?, ms(&second)?, ms(&first)?));
         }
         ratios.sort_by(|a, b| a.0.total_cmp(&b.0));
-        let (value, second, first) = ratios[1];
-        Ok(Figure {
-            name: "1,000 tokens in common: second first-token time over first",
-            value,
-            limit: 0.2,
-            below: true,
-            from: format!("{second:.1} and {first:.1} ms, median of 3 prompts"),
-        })
+        let (_, second, first) = ratios[1];
+        let name = "1,000 tokens in common: second first-token time over first";
+        Ok(figure(name, (second, first, "ms"), Bar::below(0.2), "median of 3 prompts".to_owned()))
     }
 
     /// Three times as many requests as can be served, for a minute.
@@ -173,27 +145,24 @@ impl Cluster {
         let refused = number(&over, "refused")?;
         ensure!(refused > 0.0, "nothing was refused, so this was no overload: {over}");
         Ok([
-            Figure {
-                name: "3x overload for 60 s: goodput over peak",
-                value: goodput / best,
-                limit: 0.9,
-                below: false,
-                from: format!("{goodput:.0} and {best:.0} tokens/s"),
-            },
-            Figure {
-                name: "3x overload: slowest refusal, in seconds",
-                value: number(&over["refusal_ms"], "max")? / 1e3,
-                limit: 0.1,
-                below: true,
-                from: format!("{refused} refused, p99 {:.1} ms", number(&over["refusal_ms"], "p99")?),
-            },
-            Figure {
-                name: "3x overload: resident memory after over before",
-                value: after / before,
-                limit: 1.1,
-                below: true,
-                from: format!("{:.0} and {:.0} MiB", after / f64::from(1 << 20), before / f64::from(1 << 20)),
-            },
+            figure(
+                "3x overload for 60 s: goodput over peak",
+                (goodput, best, "tokens/s"),
+                Bar::above(0.9),
+                String::new(),
+            ),
+            figure(
+                "3x overload: slowest refusal",
+                (number(&over["refusal_ms"], "max")? / 1e3, 1.0, "s"),
+                Bar::below(0.1),
+                format!("{refused} refused, p99 {:.1} ms", number(&over["refusal_ms"], "p99")?),
+            ),
+            figure(
+                "3x overload: memory after over before",
+                (mib(after), mib(before), "MiB"),
+                Bar::below(1.1),
+                String::new(),
+            ),
         ])
     }
 
@@ -225,15 +194,10 @@ impl Drop for Cluster {
     }
 }
 
-fn number(report: &Value, field: &str) -> Result<f64> {
-    report[field].as_f64().with_context(|| format!("{field} in {report}"))
+fn mib(bytes: f64) -> f64 {
+    bytes / f64::from(1 << 20)
 }
 
-/// `sirocco` as it is without settings from the environment.
-fn without_settings(sirocco: &Path) -> Command {
-    let mut command = Command::new(sirocco);
-    for (name, _) in std::env::vars_os().filter(|(name, _)| name.as_encoded_bytes().starts_with(b"SIROCCO_")) {
-        command.env_remove(name);
-    }
-    command
+fn number(report: &Value, field: &str) -> Result<f64> {
+    report[field].as_f64().with_context(|| format!("{field} in {report}"))
 }

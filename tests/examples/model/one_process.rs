@@ -1,0 +1,117 @@
+//! The whole model in this process: completions and prompts, timed, with what each step has to do.
+
+use std::collections::HashSet;
+use std::time::Instant;
+
+use anyhow::{Context as _, Result, ensure};
+use futures::executor::block_on;
+use sirocco_compute::Pool;
+use sirocco_model::{Checkpoint, KvCache, LocalExperts, Logits, Model, SequenceChunk, StepOutput};
+use sirocco_types::ModelSpec;
+
+use crate::work::{Run, Work};
+
+pub(crate) struct OneProcess {
+    model: Model,
+    experts: LocalExperts,
+    kv: KvCache,
+    /// Blocks of `kv`, which sequences share among them.
+    blocks: Vec<u32>,
+    expert_bytes: usize,
+}
+
+impl OneProcess {
+    /// Loads everything, with room for `tokens` tokens in the KV cache.
+    pub(crate) fn load(checkpoint: &Checkpoint, threads: usize, tokens: usize) -> Result<Self> {
+        let (spec, pool) = (checkpoint.spec(), Pool::new(threads)?);
+        // The last block of each sequence may not be full.
+        let blocks = tokens.div_ceil(KvCache::BLOCK_TOKENS) + 16;
+        let first = spec.experts().next().context("a model has experts")?;
+        Ok(Self {
+            expert_bytes: checkpoint.load_expert(first)?.bytes(),
+            model: Model::load(checkpoint, pool.clone())?,
+            experts: LocalExperts::load(checkpoint, pool)?,
+            kv: KvCache::new(spec, blocks),
+            blocks: (0..blocks as u32).collect(),
+        })
+    }
+
+    /// Goes on after `prompts` with the most likely `tokens` tokens each, all sequences together. Returns the ids, and the time
+    /// of all steps but the first one, which computes the prompts.
+    pub(crate) fn complete(&mut self, prompts: &[Vec<u32>], tokens: usize) -> Result<(Vec<Vec<u32>>, Run)> {
+        let mut ids = vec![Vec::new(); prompts.len()];
+        let mut run = Run::default();
+        let mut starts = vec![0; prompts.len()];
+        let mut inputs = prompts.to_vec();
+        while ids[0].len() < tokens {
+            let began = Instant::now();
+            let output = self.step(&starts, &inputs)?;
+            let chosen: Vec<u32> = output.logits.iter().map(|logits| most_likely(logits)).collect();
+            if !ids[0].is_empty() {
+                run.seconds += began.elapsed().as_secs_f64();
+                run.tokens += prompts.len();
+                run.steps.push(self.work(&output, &starts, &inputs));
+            }
+            for (sequence, id) in chosen.into_iter().enumerate() {
+                starts[sequence] += inputs[sequence].len();
+                inputs[sequence] = vec![id];
+                ids[sequence].push(id);
+            }
+        }
+        Ok((ids, run))
+    }
+
+    /// Computes a prompt in one step.
+    pub(crate) fn prefill(&mut self, prompt: &[u32]) -> Result<Run> {
+        let inputs = [prompt.to_vec()];
+        let began = Instant::now();
+        let output = self.step(&[0], &inputs)?;
+        let seconds = began.elapsed().as_secs_f64();
+        Ok(Run { tokens: prompt.len(), seconds, steps: vec![self.work(&output, &[0], &inputs)] })
+    }
+
+    fn step(&mut self, starts: &[usize], inputs: &[Vec<u32>]) -> Result<StepOutput> {
+        let share = self.blocks.len() / inputs.len();
+        let longest = starts.iter().zip(inputs).map(|(start, tokens)| start + tokens.len()).max().unwrap_or(0);
+        ensure!(longest <= share * KvCache::BLOCK_TOKENS, "{longest} tokens, the KV cache has room for {share} blocks");
+        let chunks: Vec<SequenceChunk<'_>> = inputs
+            .iter()
+            .zip(starts)
+            .zip(self.blocks.chunks(share))
+            .map(|((tokens, &start), blocks)| SequenceChunk { blocks, start, tokens, logits: Logits::Last })
+            .collect();
+        Ok(block_on(self.model.forward(&[&chunks], &mut self.kv, &self.experts))?)
+    }
+
+    /// What a step had to do.
+    fn work(&self, output: &StepOutput, starts: &[usize], inputs: &[Vec<u32>]) -> Work {
+        let spec = self.model.spec();
+        let layers = spec.num_hidden_layers;
+        let tokens: usize = inputs.iter().map(Vec::len).sum();
+        let experts: usize =
+            output.routing.iter().map(|layer| layer.experts.iter().collect::<HashSet<_>>().len()).sum();
+        // Positions that are read once by each sequence, and those that each token looks at.
+        let read: usize = starts.iter().zip(inputs).map(|(start, tokens)| start + tokens.len()).sum();
+        let seen: usize = starts.iter().zip(inputs).flat_map(|(start, tokens)| start + 1..=start + tokens.len()).sum();
+
+        let (layer, head) = (layer_weights(spec), spec.vocab_size * spec.hidden_size);
+        let chosen = spec.num_experts_per_tok * 3 * spec.hidden_size * spec.intermediate_size;
+        let kv = KvCache::block_bytes(spec) / KvCache::BLOCK_TOKENS;
+        let bytes = (layers * layer + head) * spec.dtype.size() + experts * self.expert_bytes + read * kv;
+        let weights = tokens * layers * (layer + chosen) + output.logits.len() * head;
+        let attention = 2 * layers * spec.num_attention_heads * spec.head_dim * seen;
+        Work { bytes: bytes as f64, flops: 2.0 * (weights + attention) as f64 }
+    }
+}
+
+/// Weights of a layer's matrices that are no expert's: queries, keys, values, output and gate.
+fn layer_weights(spec: &ModelSpec) -> usize {
+    let heads = 2 * spec.num_attention_heads + 2 * spec.num_key_value_heads;
+    (heads * spec.head_dim + spec.num_local_experts) * spec.hidden_size
+}
+
+/// The first of the highest.
+fn most_likely(logits: &[f32]) -> u32 {
+    let best = logits.iter().enumerate().rev().max_by(|(_, a), (_, b)| a.total_cmp(b));
+    best.map_or(0, |(id, _)| id as u32)
+}

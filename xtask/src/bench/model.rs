@@ -1,0 +1,36 @@
+//! The model of 1.1 billion parameters: made once, then measured in one process and served by processes.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, Result, ensure};
+
+use super::parts::{self, Lines};
+use crate::programs::{self, WhenMissing};
+
+/// What is built: together, so that every crate is built once.
+const TARGETS: [&str; 5] = ["--package", "sirocco-testkit", "--bins", "--example", "model"];
+
+/// Measures, with the nodes' own programs and a real etcd.
+pub(super) fn run() -> Result<Lines> {
+    let etcd = programs::ensure(&["etcd"], WhenMissing::Install)?;
+    let packages = crate::up::PACKAGES.iter().flat_map(|package| ["--package", package]);
+    parts::build(&packages.chain(TARGETS).collect::<Vec<_>>())?;
+    let target = crate::target_folder()?;
+    let folder = checkpoint(&target)?;
+    let mut measure = Command::new(target.join("release/examples/model"));
+    etcd.export(measure.arg(folder));
+    parts::lines(&mut measure)
+}
+
+/// The checkpoint's folder. It has its name only once it is complete.
+fn checkpoint(target: &Path) -> Result<PathBuf> {
+    let folder = target.join("bench/mixtral-1.1b");
+    if !folder.exists() {
+        let mut generate = Command::new(target.join("release/sirocco"));
+        generate.args(["model", "generate-random", "--output"]).arg(&folder).stdout(std::io::stderr());
+        let status = crate::without_settings(&mut generate).status().context("start sirocco")?;
+        ensure!(status.success(), "sirocco model generate-random ended with {status}");
+    }
+    Ok(folder)
+}
