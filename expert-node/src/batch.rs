@@ -61,8 +61,11 @@ impl Batcher {
         move || jobs.upgrade().map_or(0, |jobs| Self { jobs }.queued())
     }
 
-    /// Runs the experts of `request`, whose shapes have been checked.
-    pub(crate) async fn run(&self, request: DispatchRequest) -> Result<ExpertOutputs, Refusal> {
+    /// Hands `request`, whose shapes have been checked, to the thread at once, and waits for its answer when polled.
+    pub(crate) fn run(
+        &self,
+        request: DispatchRequest,
+    ) -> Result<impl Future<Output = Result<ExpertOutputs, Refusal>> + Send + use<>, Refusal> {
         let (answer, answered) = oneshot::channel();
         let expires = request.deadline.map(|left| Instant::now() + left);
         self.jobs.try_send(Job { request, expires, answer }).map_err(|error| match error {
@@ -71,7 +74,7 @@ impl Batcher {
             }
             mpsc::error::TrySendError::Closed(_) => stopped(),
         })?;
-        answered.await.map_err(|_| stopped())?
+        Ok(async { answered.await.map_err(|_| stopped())? })
     }
 }
 
@@ -209,9 +212,9 @@ mod tests {
         let pool = Pool::new(1).unwrap();
         let (batcher, thread) = Batcher::start(Arc::clone(&held), Arc::clone(&metrics), pool).unwrap();
         metrics.watch(&page, &held, 1 << 20, &batcher);
-        let outputs = batcher.run(request(&[(0, &[0, 1, 2]), (1, &[2, 0]), (5, &[1])])).await.unwrap();
+        let outputs = batcher.run(request(&[(0, &[0, 1, 2]), (1, &[2, 0]), (5, &[1])])).unwrap().await.unwrap();
         assert_eq!(outputs.rows.len(), 5);
-        batcher.run(request(&[(1, &[1])])).await.unwrap();
+        batcher.run(request(&[(1, &[1])])).unwrap().await.unwrap();
         drop(batcher);
         thread.join().unwrap();
 
@@ -237,7 +240,7 @@ mod tests {
     async fn requests_wait_until_the_thread_takes_them() {
         let (jobs, mut queue) = mpsc::channel(QUEUE);
         let batcher = Batcher { jobs };
-        let mut waiting = std::pin::pin!(batcher.run(request(&[])));
+        let mut waiting = std::pin::pin!(batcher.run(request(&[])).unwrap());
         assert!(futures::poll!(&mut waiting).is_pending());
         assert_eq!(batcher.queued(), 1);
         queue.recv().await.unwrap();

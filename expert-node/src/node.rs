@@ -6,13 +6,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
-use sirocco_compute::{Pool, cpu_description, cuda_devices};
+use sirocco_compute::{Pool, cpu_description, cuda_devices, keep_freed_buffers};
 use sirocco_model::{Checkpoint, CheckpointError};
 use sirocco_process::http::{self, Health};
 use sirocco_process::metrics::Page;
 use sirocco_process::{BindError, LifeError, NodeArgs, Running, advertised, bind};
-use sirocco_proto::channel::MAX_MESSAGE_BYTES;
-use sirocco_proto::expert::ExpertServiceServer;
+use sirocco_proto::expert::ExpertServer;
 use sirocco_proto::server::Services;
 use sirocco_store::{ClusterState, Keys, LEASE_TTL, Mirror, Registration, Store, StoreError, to_json};
 use sirocco_types::{Device, Member, MemberState, NodeId, NodeIdError, Role};
@@ -90,6 +89,7 @@ pub async fn start(
     store: Arc<dyn Store>,
     shutdown: CancellationToken,
 ) -> Result<Running, StartError> {
+    keep_freed_buffers();
     let started = Instant::now();
     let id = NodeId::new(&args.id)?;
     let keys = Keys::new(&args.cluster)?;
@@ -159,15 +159,7 @@ pub async fn start(
         progress: !config.no_progress,
     };
     tasks.spawn(loader.run(states, leave.clone()));
-    let service = Service {
-        id,
-        model: Arc::new(checkpoint.identity().clone()),
-        held,
-        batcher,
-        metrics,
-        tasks: tasks.clone(),
-        leave: leave.clone(),
-    };
+    let service = Service { id, model: Arc::new(checkpoint.identity().clone()), held, batcher, metrics };
     let life = Life { registration, mirror, tasks, compute, leave, grace };
     let life = tokio::spawn(life.run(service, (grpc, http), health.clone(), page));
     Ok(Running { id: args.id, grpc: grpc_at, http: http_at, health, life: AbortOnDropHandle::new(life) })
@@ -193,14 +185,11 @@ impl Life {
         health: Health,
         page: Page,
     ) -> Result<(), LifeError> {
-        let expert = ExpertServiceServer::new(service)
-            .max_decoding_message_size(MAX_MESSAGE_BYTES)
-            .max_encoding_message_size(MAX_MESSAGE_BYTES);
-        let services = Services::default().with(expert);
+        let services = Services::default().with(ExpertServer::new(service, self.leave.clone()));
         let switch = services.health();
         let health_reports = AbortOnDropHandle::new(tokio::spawn(switch.follow(health.subscribe())));
         self.tasks.spawn(http::serve(http, health.clone(), page, self.leave.clone()));
-        let served = services.serve(grpc, self.leave.clone(), self.grace).await;
+        let served = services.serve_apart("streams", grpc, self.leave.clone(), self.grace).await;
 
         health.not_ready("stopping");
         self.leave.cancel();

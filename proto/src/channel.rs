@@ -8,7 +8,7 @@ use tonic::transport::{Channel, Endpoint};
 pub const MAX_MESSAGE_BYTES: usize = 512 << 20;
 
 /// Largest HTTP/2 frame: fewer, larger frames cost less per byte.
-pub(crate) const MAX_FRAME_BYTES: u32 = 1 << 20;
+pub(crate) const MAX_FRAME_BYTES: u32 = (1 << 24) - 1;
 
 /// Bytes a peer may send before it waits for us.
 pub(crate) const WINDOW_BYTES: u32 = 16 << 20;
@@ -16,7 +16,8 @@ pub(crate) const WINDOW_BYTES: u32 = 16 << 20;
 /// How often a silent connection is asked whether it lives, and how long it may take to answer.
 pub(crate) const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(5));
 
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+/// How long a connection may take to come about.
+pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// A channel to `address` (`host:port` or an `http://` URL) that connects when first used and again after a failure.
 ///

@@ -1,13 +1,34 @@
 //! `sirocco.expert.v1` in domain types: what a router asks of an expert node and what it answers.
+//!
+//! [`Stream`] is the router's side of the connection, [`ExpertServer`] the node's. Both write and read the bytes that the code
+//! generated from the `.proto` would, without its copies.
+
+mod message;
+mod server;
+mod stream;
+#[cfg(test)]
+mod tests;
 
 use std::time::Duration;
 
+use bytes::Bytes;
 use sirocco_types::{ExpertId, Fingerprint, LayerId};
 
+use crate::channel::MAX_MESSAGE_BYTES;
 pub use crate::wire::expert::expert_service_client::ExpertServiceClient;
-pub use crate::wire::expert::expert_service_server::{ExpertService, ExpertServiceServer};
 use crate::wire::expert::{self as wire, Status};
 use crate::{Rows, RowsError};
+pub use server::{Description, ExpertServer, Node};
+pub use stream::{Broken, Stream};
+
+/// The method that [`Stream`] calls and [`ExpertServer`] answers.
+const DISPATCH_PATH: &str = "/sirocco.expert.v1.ExpertService/Dispatch";
+
+/// The field of `DispatchRequest` that has the hidden states.
+const HIDDEN_STATES: u32 = 5;
+
+/// The field of `DispatchResponse` that has the rows.
+const ROWS: u32 = 5;
 
 /// One layer's rows for the experts of one node.
 #[derive(Clone, Debug, PartialEq)]
@@ -117,10 +138,10 @@ impl Refusal {
 
 impl DispatchRequest {
     /// As it crosses the wire.
-    pub fn into_wire(self) -> wire::DispatchRequest {
+    fn into_wire(self) -> wire::DispatchRequest {
         wire::DispatchRequest {
             id: self.id,
-            model_fingerprint: self.fingerprint.0.to_vec().into(),
+            model_fingerprint: Bytes::copy_from_slice(&self.fingerprint.0),
             layer: self.layer.0,
             deadline_ms: self.deadline.map_or(0, |left| left.as_millis().clamp(1, u32::MAX as u128) as u32),
             hidden_states: Some(self.hidden_states.into_wire()),
@@ -128,13 +149,15 @@ impl DispatchRequest {
         }
     }
 
-    /// Checks a request. One that is malformed comes back as the answer to send.
-    pub fn from_wire(request: wire::DispatchRequest) -> Result<Self, DispatchResponse> {
-        let id = request.id;
-        Self::check(request).map_err(|refusal| DispatchResponse { id, result: Err(refusal) })
+    /// As the chunks of a stream's body. Errors when it is too large for a message.
+    fn into_chunks(self) -> Result<Vec<Bytes>, Refusal> {
+        let mut request = self.into_wire();
+        let hidden_states = request.hidden_states.take();
+        message::chunks(&request, HIDDEN_STATES, hidden_states).map_err(|size| too_large("hidden_states", size))
     }
 
-    fn check(request: wire::DispatchRequest) -> Result<Self, Refusal> {
+    /// Checks a request. Errors say what to answer.
+    fn from_wire(request: wire::DispatchRequest) -> Result<Self, Refusal> {
         let invalid = |message: String| Refusal::new(RefusalReason::Invalid, message);
         let fingerprint = request.model_fingerprint.as_ref().try_into().map_err(|_| {
             invalid(format!("model_fingerprint: {} bytes long, must be 32", request.model_fingerprint.len()))
@@ -167,7 +190,7 @@ impl DispatchRequest {
 
 impl DispatchResponse {
     /// As it crosses the wire.
-    pub fn into_wire(self) -> wire::DispatchResponse {
+    fn into_wire(self) -> wire::DispatchResponse {
         match self.result {
             Ok(outputs) => wire::DispatchResponse {
                 id: self.id,
@@ -185,8 +208,19 @@ impl DispatchResponse {
         }
     }
 
+    /// As the chunks of a stream's body. One that is too large for a message becomes a refusal.
+    fn into_chunks(self) -> Vec<Bytes> {
+        let id = self.id;
+        let mut response = self.into_wire();
+        let rows = response.rows.take();
+        message::chunks(&response, ROWS, rows).unwrap_or_else(|size| {
+            let response = Self { id, result: Err(too_large("rows", size)) }.into_wire();
+            message::chunks(&response, ROWS, None).unwrap_or_default()
+        })
+    }
+
     /// Checks a response. A malformed one becomes a refusal, so that its request is not left waiting.
-    pub fn from_wire(response: wire::DispatchResponse) -> Self {
+    fn from_wire(response: wire::DispatchResponse) -> Self {
         let id = response.id;
         let result = match reason(response.status()) {
             Some(reason) => Err(Refusal::new(reason, response.message)),
@@ -213,6 +247,12 @@ impl DispatchResponse {
             .collect();
         Ok(ExpertOutputs { experts, rows })
     }
+}
+
+/// Refuses a message of `size` bytes, most of them `field`.
+fn too_large(field: &str, size: usize) -> Refusal {
+    let problem = format!("{field}: a message of {size} bytes, the limit is {MAX_MESSAGE_BYTES}");
+    Refusal::new(RefusalReason::Invalid, problem)
 }
 
 fn expert_result(expert: ExpertId, result: Result<(), Refusal>) -> wire::ExpertResult {
@@ -254,61 +294,5 @@ fn reason(status: Status) -> Option<RefusalReason> {
         Status::Unavailable => Some(RefusalReason::Unavailable),
         Status::DeadlineExceeded => Some(RefusalReason::DeadlineExceeded),
         Status::Internal | Status::Unspecified => Some(RefusalReason::Internal),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn request() -> DispatchRequest {
-        DispatchRequest {
-            id: 7,
-            fingerprint: Fingerprint([9; 32]),
-            layer: LayerId(2),
-            deadline: Some(Duration::from_millis(250)),
-            hidden_states: Rows::new(vec![1.0, 2.0, 3.0, 4.0], 2),
-            experts: vec![ExpertRows { expert: ExpertId(3), rows: vec![1, 0] }],
-        }
-    }
-
-    #[test]
-    fn a_request_survives_the_wire() {
-        assert_eq!(DispatchRequest::from_wire(request().into_wire()), Ok(request()));
-    }
-
-    #[test]
-    fn a_malformed_request_is_answered_under_its_id() {
-        type Change = fn(&mut wire::DispatchRequest);
-        let cases: [(Change, RefusalReason, &str); 4] = [
-            (|r| r.model_fingerprint = vec![1, 2].into(), RefusalReason::Invalid, "model_fingerprint"),
-            (|r| r.hidden_states = None, RefusalReason::Invalid, "hidden_states"),
-            (|r| r.experts[0].rows[0] = 2, RefusalReason::Invalid, "asks for row 2"),
-            (|r| r.hidden_states.as_mut().unwrap().crc32c ^= 1, RefusalReason::Corrupt, "checksum"),
-        ];
-        for (change, reason, message) in cases {
-            let mut wire = request().into_wire();
-            change(&mut wire);
-            let answer = DispatchRequest::from_wire(wire).unwrap_err();
-            let refusal = answer.result.unwrap_err();
-            assert_eq!((answer.id, refusal.reason), (7, reason));
-            assert!(refusal.message.contains(message), "{refusal}");
-        }
-    }
-
-    #[test]
-    fn every_refusal_survives_the_wire() {
-        use RefusalReason::*;
-        for reason in [NotHeld, Invalid, WrongModel, Corrupt, Unavailable, DeadlineExceeded, Internal] {
-            let refusal = Refusal::new(reason, "why");
-            let outputs = ExpertOutputs {
-                experts: vec![(ExpertId(1), Err(refusal.clone())), (ExpertId(2), Ok(()))],
-                rows: Rows::new(vec![0.5; 4], 4),
-            };
-            for result in [Err(refusal), Ok(outputs)] {
-                let response = DispatchResponse { id: 1, result };
-                assert_eq!(DispatchResponse::from_wire(response.clone().into_wire()), response);
-            }
-        }
     }
 }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use tokio::net::TcpListener;
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
@@ -27,6 +27,20 @@ pub struct Services {
 pub struct HealthSwitch {
     reporter: HealthReporter,
     names: Vec<&'static str>,
+}
+
+/// Why services are not served any more.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The system refuses a thread or what it waits with.
+    #[error("the system refuses: {0}")]
+    System(#[from] std::io::Error),
+    /// The server failed.
+    #[error(transparent)]
+    Transport(#[from] tonic::transport::Error),
+    /// Its thread panicked.
+    #[error("the thread that serves failed")]
+    Thread,
 }
 
 impl Default for Services {
@@ -100,6 +114,32 @@ impl Services {
                 Ok(())
             }
         }
+    }
+
+    /// The same by one thread of its own called `name`, where a message changes hands between connection and service without
+    /// waking anyone. Stops serving when dropped, too.
+    pub async fn serve_apart(
+        self,
+        name: &str,
+        listener: TcpListener,
+        shutdown: CancellationToken,
+        grace: Duration,
+    ) -> Result<(), ServeError> {
+        let shutdown = shutdown.child_token();
+        let _dropped = shutdown.clone().drop_guard();
+        let listener = listener.into_std()?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let (ended, end) = oneshot::channel();
+        std::thread::Builder::new().name(name.to_owned()).spawn(move || {
+            let result = runtime.block_on(async {
+                let listener = TcpListener::from_std(listener)?;
+                Ok(self.serve(listener, shutdown, grace).await?)
+            });
+            drop(runtime);
+            // Nobody listens any more when the future was dropped.
+            let _ = ended.send(result);
+        })?;
+        end.await.unwrap_or(Err(ServeError::Thread))
     }
 }
 

@@ -4,6 +4,7 @@
 use std::ops::Range;
 
 use bytes::Bytes;
+use crc_fast::crc32_iscsi;
 
 use crate::wire::expert::{Dtype, Tensor};
 
@@ -93,7 +94,7 @@ impl Rows {
         Tensor {
             dtype: Dtype::F32.into(),
             shape: vec![self.len() as u32, self.width as u32],
-            crc32c: crc32c::crc32c(&self.data),
+            crc32c: crc32_iscsi(&self.data),
             data: self.data,
         }
     }
@@ -114,7 +115,7 @@ impl Rows {
                 actual: tensor.data.len(),
             });
         }
-        let actual = crc32c::crc32c(&tensor.data);
+        let actual = crc32_iscsi(&tensor.data);
         if actual != tensor.crc32c {
             return Err(RowsError::Corrupt { expected: tensor.crc32c, actual });
         }

@@ -1,22 +1,16 @@
 //! One expert node as a router sees it: a long-lived dispatch stream, owned by a task that matches answers to requests.
 //!
-//! The task connects when there is something to send. When the stream breaks, whatever waits on it is refused as
-//! unavailable at once; trying again is the dispatcher's decision, never this module's.
+//! The task lives on the engine's own runtime, so that a request and its answer change threads nowhere on the router: the engine
+//! polls the sockets itself while it waits for experts. The task connects when there is something to send. When the stream
+//! breaks, whatever waits on it is refused as unavailable at once; trying again is the dispatcher's decision, never this module's.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use sirocco_process::chain;
-use sirocco_proto::channel::{self, MAX_MESSAGE_BYTES};
-use sirocco_proto::expert::{
-    DispatchRequest, DispatchResponse, ExpertOutputs, ExpertServiceClient, Refusal, RefusalReason,
-};
-use sirocco_proto::tonic::Streaming;
-use sirocco_proto::wire::expert as wire;
+use sirocco_proto::expert::{DispatchRequest, ExpertOutputs, Refusal, RefusalReason, Stream};
 use sirocco_types::NodeId;
+use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot};
-use tokio_stream::StreamExt as _;
-use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::task::TaskTracker;
 
 use crate::metrics::Hop;
@@ -25,6 +19,15 @@ use crate::metrics::Hop;
 const QUEUE: usize = 64;
 
 type Answer = oneshot::Sender<Result<ExpertOutputs, Refusal>>;
+
+/// Where the tasks of connections live.
+#[derive(Clone, Debug)]
+pub(crate) struct Home {
+    /// Of the thread that waits for the answers.
+    pub(crate) runtime: Handle,
+    /// Owns the tasks.
+    pub(crate) tasks: TaskTracker,
+}
 
 /// A handle to one node's stream. The stream closes when the last handle is dropped.
 #[derive(Debug)]
@@ -37,10 +40,10 @@ pub(crate) struct Connection {
 }
 
 impl Connection {
-    /// Starts the stream's task among `tasks`; it connects with the first call.
-    pub(crate) fn open(node: NodeId, address: String, hop: Arc<Hop>, tasks: &TaskTracker) -> Self {
+    /// Starts the stream's task at `home`; it connects with the first call.
+    pub(crate) fn open(node: NodeId, address: String, hop: Arc<Hop>, home: &Home) -> Self {
         let (calls, queue) = mpsc::channel(QUEUE);
-        tasks.spawn(run(node.clone(), address.clone(), queue));
+        home.tasks.spawn_on(run(node.clone(), address.clone(), queue), &home.runtime);
         Self { node, address, hop, calls }
     }
 
@@ -58,20 +61,13 @@ impl Connection {
     }
 }
 
-/// An open stream and the calls that wait on it.
-struct Stream {
-    requests: mpsc::Sender<wire::DispatchRequest>,
-    responses: Streaming<wire::DispatchResponse>,
-    waiting: HashMap<u64, Answer>,
-}
-
 async fn run(node: NodeId, address: String, mut calls: mpsc::Receiver<(DispatchRequest, Answer)>) {
     let mut next_id = 0;
     while let Some(call) = calls.recv().await {
         if call.1.is_closed() {
             continue;
         }
-        match open_stream(&address).await {
+        match Stream::open(&address).await {
             Ok(stream) => {
                 tracing::debug!(%node, address, "connected");
                 if let Some(reason) = drive(stream, call, &mut calls, &mut next_id, &node, &address).await {
@@ -79,7 +75,7 @@ async fn run(node: NodeId, address: String, mut calls: mpsc::Receiver<(DispatchR
                 }
             }
             Err(reason) => {
-                tracing::debug!(%node, address, reason, "cannot connect to an expert node");
+                tracing::debug!(%node, address, %reason, "cannot connect to an expert node");
                 let _ = call.1.send(Err(unavailable(&node, &address, &reason)));
             }
         }
@@ -96,52 +92,46 @@ async fn drive(
     node: &NodeId,
     address: &str,
 ) -> Option<String> {
+    let mut waiting = HashMap::<u64, Answer>::new();
     let mut call = Some(first);
     let reason = loop {
         if let Some((mut request, answer)) = call.take() {
             request.id = *next_id;
             *next_id += 1;
-            stream.waiting.insert(request.id, answer);
-            if stream.requests.send(request.into_wire()).await.is_err() {
-                break "the node closed it".to_owned();
+            let id = request.id;
+            match stream.send(request) {
+                Ok(()) => drop(waiting.insert(id, answer)),
+                Err(refusal) => drop(answer.send(Err(refusal))),
             }
         }
         tokio::select! {
-            next = calls.recv() => match next {
-                Some(next) => call = Some(next),
-                None => return None,
-            },
-            response = stream.responses.next() => match response {
+            biased;
+            response = stream.next() => match response {
                 Some(Ok(response)) => {
-                    let response = DispatchResponse::from_wire(response);
                     // An answer nobody waits for is late or a duplicate.
-                    if let Some(answer) = stream.waiting.remove(&response.id) {
+                    if let Some(answer) = waiting.remove(&response.id) {
                         let _ = answer.send(response.result);
                     }
                 }
-                Some(Err(status)) => break status.message().to_owned(),
-                None if stream.waiting.is_empty() => return None,
+                Some(Err(broken)) => break broken.to_string(),
+                None if waiting.is_empty() => return None,
                 None => break "the node closed it".to_owned(),
+            },
+            next = calls.recv() => match next {
+                Some(next) => call = Some(next),
+                None => {
+                    stream.close().await;
+                    return None;
+                }
             },
         }
     };
-    for (_, answer) in stream.waiting.drain() {
+    for (_, answer) in waiting.drain() {
         let _ = answer.send(Err(unavailable(node, address, &reason)));
     }
     Some(reason)
 }
 
-async fn open_stream(address: &str) -> Result<Stream, String> {
-    let channel = channel::connect(address).await.map_err(|error| chain(&error))?;
-    let mut client = ExpertServiceClient::new(channel)
-        .max_decoding_message_size(MAX_MESSAGE_BYTES)
-        .max_encoding_message_size(MAX_MESSAGE_BYTES);
-    let (requests, outgoing) = mpsc::channel(QUEUE);
-    let responses =
-        client.dispatch(ReceiverStream::new(outgoing)).await.map_err(|status| status.message().to_owned())?;
-    Ok(Stream { requests, responses: responses.into_inner(), waiting: HashMap::new() })
-}
-
-fn unavailable(node: &NodeId, address: &str, reason: &str) -> Refusal {
+fn unavailable(node: &NodeId, address: &str, reason: impl std::fmt::Display) -> Refusal {
     Refusal::new(RefusalReason::Unavailable, format!("expert node {node} at {address}: {reason}"))
 }

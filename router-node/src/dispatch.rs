@@ -268,8 +268,6 @@ fn describe(layer: LayerId, missing: &[Missing], timeout: Duration) -> String {
 
 #[cfg(test)]
 mod tests {
-    use tokio_util::task::TaskTracker;
-
     use super::*;
     use crate::load::tests::spec;
     use crate::topology::tests::topology;
@@ -331,7 +329,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_retry_goes_to_another_replica_and_a_split_loses_no_row() {
-        let topology = topology(&[("a", None), ("b", None)], &TaskTracker::new());
+        let topology = topology(&[("a", None), ("b", None)]);
         let turns = ExpertCounts::new(&spec());
         let ask = |parts| {
             let (shares, unreachable) = share(LayerId(1), parts, &topology, &turns);

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use sirocco_compute::{Pool, cpu_description};
+use sirocco_compute::{Pool, cpu_description, keep_freed_buffers};
 use sirocco_model::{ChatTemplate, Checkpoint, CheckpointError, Grammars, KvCache, Model, Tokenizer, TokenizerError};
 use sirocco_process::http::{self, Health, Serving};
 use sirocco_process::metrics::Page;
@@ -20,6 +20,7 @@ use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
 use crate::api;
 use crate::callers::{Callers, OpenError};
+use crate::connection::Home;
 use crate::dispatch::RemoteExperts;
 use crate::engine::{Engine, EngineLimits, Parts};
 use crate::intake::{Grammatical, Intake, IntakeParts};
@@ -140,6 +141,7 @@ pub async fn start(
     store: Arc<dyn Store>,
     shutdown: CancellationToken,
 ) -> Result<Running, StartError> {
+    keep_freed_buffers();
     let started = Instant::now();
     let id = NodeId::new(&args.id)?;
     let keys = Keys::new(&args.cluster)?;
@@ -182,6 +184,8 @@ pub async fn start(
     tracing::info!(id = %member.id, grpc = %grpc_at, model = identity.name, fingerprint = identity.fingerprint.short(), "joined");
 
     let (tasks, connections) = (TaskTracker::new(), TaskTracker::new());
+    let waiting = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let home = Home { runtime: waiting.handle().clone(), tasks: connections.clone() };
     if let Some(reload) = reload {
         tasks.spawn(reload.run(shutdown.clone()));
     }
@@ -191,7 +195,7 @@ pub async fn start(
     let metrics = Arc::new(Metrics::new(&page));
     let (told, epoch) = watch::channel(Epoch::default());
     let (states_of, metrics_of) = (states.clone(), Arc::clone(&metrics));
-    tasks.spawn(topology::follow(states_of, sender, told, metrics_of, connections.clone(), shutdown.clone()));
+    tasks.spawn(topology::follow(states_of, sender, told, metrics_of, home, shutdown.clone()));
     let tokens = Arc::new(ExpertCounts::new(&identity.spec));
     let reporter =
         Reporter { node: member.id.clone(), incarnation: member.incarnation, started, tokens: Arc::clone(&tokens) };
@@ -206,7 +210,7 @@ pub async fn start(
         metrics: Arc::clone(&metrics),
     };
     let parts = Parts { model, tokenizer: Arc::clone(&tokenizer), experts, limits, metrics: Arc::clone(&metrics) };
-    let (engine, engine_thread) = Engine::start(parts, tokio::runtime::Handle::current())?;
+    let (engine, engine_thread) = Engine::start(parts, waiting, connections)?;
     Metrics::watch(&page, &engine, topology.clone());
     let serving =
         Serving { connections: config.policy.max_connections as usize, grace: Duration::from_secs(args.drain_s) };
@@ -228,7 +232,7 @@ pub async fn start(
     let presence = Presence { member, member_key, registration, health: health.clone() };
     let presence = AbortOnDropHandle::new(tokio::spawn(presence.keep(states, epoch, shutdown.clone())));
     let grace = serving.grace;
-    let life = Life { presence, mirror, tasks, connections, engine_thread, shutdown, grace };
+    let life = Life { presence, mirror, tasks, engine_thread, shutdown, grace };
     let life = tokio::spawn(life.run(fronts, health.clone()));
     Ok(Running { id: args.id, grpc: grpc_at, http: http_at, health, life: AbortOnDropHandle::new(life) })
 }
@@ -334,7 +338,6 @@ struct Life {
     presence: AbortOnDropHandle<Registration>,
     mirror: Mirror,
     tasks: TaskTracker,
-    connections: TaskTracker,
     engine_thread: std::thread::JoinHandle<()>,
     shutdown: CancellationToken,
     grace: Duration,
@@ -354,13 +357,8 @@ impl Life {
         self.presence.await?.close().await;
         self.mirror.close().await;
         self.tasks.close();
-        self.connections.close();
-        let ended = async {
-            self.tasks.wait().await;
-            self.connections.wait().await;
-        };
         let engine = tokio::task::spawn_blocking(|| self.engine_thread.join());
-        let all = async { tokio::join!(ended, engine).1 };
+        let all = async { tokio::join!(self.tasks.wait(), engine).1 };
         match tokio::time::timeout(self.grace, all).await {
             Ok(Ok(Err(_))) => Err("the engine failed".into()),
             Ok(_) => served.map_err(LifeError::from).and(answered.map_err(LifeError::from)),

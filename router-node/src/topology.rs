@@ -9,9 +9,8 @@ use sirocco_store::ClusterState;
 use sirocco_types::{Epoch, ExpertKey, NodeId, Placement, Role};
 use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
-use tokio_util::task::TaskTracker;
 
-use crate::connection::Connection;
+use crate::connection::{Connection, Home};
 use crate::metrics::Metrics;
 use crate::replicas::Replica;
 
@@ -54,7 +53,7 @@ impl Topology {
 
     /// The topology after `state`. Connections whose node still answers at the same address are kept; a node that has left
     /// the store but is still in the placement is kept as it was, because serving outlives the control plane.
-    fn next(&self, state: &ClusterState, metrics: &Metrics, tasks: &TaskTracker) -> Self {
+    fn next(&self, state: &ClusterState, metrics: &Metrics, home: &Home) -> Self {
         let Some(placement) = state.serving() else {
             return Self { placement: self.placement.clone(), nodes: self.nodes.clone(), in_use: None };
         };
@@ -68,7 +67,7 @@ impl Topology {
                 (Some(member), known) => {
                     let same = known.filter(|known| known.connection.address() == member.grpc);
                     let connection = same.map_or_else(
-                        || Arc::new(Connection::open(node.clone(), member.grpc.clone(), metrics.hop(node), tasks)),
+                        || Arc::new(Connection::open(node.clone(), member.grpc.clone(), metrics.hop(node), home)),
                         |known| Arc::clone(&known.connection),
                     );
                     Node { connection, speed: member.speed.unwrap_or(ORDINARY_SPEED).max(1) }
@@ -89,13 +88,13 @@ pub(crate) async fn follow(
     topology: watch::Sender<Arc<Topology>>,
     epoch: watch::Sender<Epoch>,
     metrics: Arc<Metrics>,
-    tasks: TaskTracker,
+    home: Home,
     shutdown: CancellationToken,
 ) {
     let mut older = FuturesUnordered::new();
     let mut dropped = CancellationToken::new();
     loop {
-        let mut next = topology.borrow().next(&state.borrow_and_update(), &metrics, &tasks);
+        let mut next = topology.borrow().next(&state.borrow_and_update(), &metrics, &home);
         let next_epoch = next.epoch();
         if next_epoch != topology.borrow().epoch() {
             tracing::info!(epoch = %next_epoch, nodes = next.nodes.len(), "dispatching by a new placement");
@@ -128,6 +127,9 @@ pub(crate) mod tests {
     use sirocco_types::{
         EpochRef, ExpertId, Fingerprint, LayerId, LayerPlacement, Member, MemberState, ModelIdentity, PlacementKind,
     };
+
+    use tokio::runtime::Handle;
+    use tokio_util::task::TaskTracker;
 
     use super::*;
     use crate::load::tests::spec;
@@ -173,32 +175,37 @@ pub(crate) mod tests {
         ClusterState::read(entries.iter().map(|(key, value)| (&key[prefix..], value.as_str(), 1)))
     }
 
+    /// A home in the runtime of the test.
+    fn home() -> Home {
+        Home { runtime: Handle::current(), tasks: TaskTracker::new() }
+    }
+
     /// The topology of [`state`].
-    pub(crate) fn topology(nodes: &[(&str, Option<u32>)], tasks: &TaskTracker) -> Topology {
-        Topology::default().next(&state(nodes), &metrics().0, tasks)
+    pub(crate) fn topology(nodes: &[(&str, Option<u32>)]) -> Topology {
+        Topology::default().next(&state(nodes), &metrics().0, &home())
     }
 
     #[tokio::test]
     async fn a_node_that_changes_its_speed_keeps_its_connection_and_one_that_has_left_stays_as_it_was() {
         let key = ExpertKey { layer: LayerId(1), expert: ExpertId(3) };
-        let tasks = TaskTracker::new();
         let speeds = |topology: &Topology| topology.replicas(key).map(|replica| replica.speed).collect::<Vec<_>>();
-        let first = topology(&[("a", Some(100)), ("b", None)], &tasks);
+        let first = topology(&[("a", Some(100)), ("b", None)]);
         assert_eq!(speeds(&first), [100, ORDINARY_SPEED]);
-        let faster = first.next(&state(&[("a", Some(250)), ("b", Some(0))]), &metrics().0, &tasks);
+        let faster = first.next(&state(&[("a", Some(250)), ("b", Some(0))]), &metrics().0, &home());
         assert_eq!(speeds(&faster), [250, 1]);
         let a = NodeId::new("a").unwrap();
         assert!(Arc::ptr_eq(first.connection(&a), faster.connection(&a)));
-        let headless = faster.next(&ClusterState::default(), &metrics().0, &tasks);
+        let headless = faster.next(&ClusterState::default(), &metrics().0, &home());
         assert_eq!(speeds(&headless), [250, 1]);
     }
+
     #[tokio::test]
     async fn a_placement_counts_once_nothing_goes_by_an_older_one() {
         let (states, state_of) = watch::channel(Arc::new(state(&[("a", None)])));
         let (topologies, mut topology) = watch::channel(Arc::new(Topology::default()));
         let (epochs, mut epoch) = watch::channel(Epoch::default());
-        let (tasks, shutdown) = (TaskTracker::new(), CancellationToken::new());
-        let follower = follow(state_of, topologies, epochs, metrics().0, tasks.clone(), shutdown.clone());
+        let shutdown = CancellationToken::new();
+        let follower = follow(state_of, topologies, epochs, metrics().0, home(), shutdown.clone());
         let follower = tokio::spawn(follower);
         epoch.wait_for(|epoch| *epoch == Epoch(1)).await.unwrap();
         let first = Arc::clone(&topology.borrow_and_update());

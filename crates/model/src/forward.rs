@@ -8,12 +8,12 @@
 use std::cell::RefCell;
 use std::time::{Duration, Instant};
 
-use futures::future::try_join_all;
 use sirocco_compute::{PackedMatrix, Pool, Queries, Rotary, attend, matmul, rms_norm};
 use sirocco_types::{LayerId, ModelSpec, Routing};
 
 use crate::checkpoint::layer_tensor;
 use crate::gate::route;
+use crate::turns::by_turns;
 use crate::{Checkpoint, CheckpointError, Experts, ExpertsError, KvCache};
 
 /// A model without its experts.
@@ -143,7 +143,7 @@ impl Model {
     ) -> Result<StepOutput, ExpertsError> {
         // Each batch borrows it only while it computes, never while it waits.
         let kv = RefCell::new(kv);
-        let outputs = try_join_all(batches.iter().map(|chunks| self.layers(chunks, &kv, experts))).await?;
+        let outputs = by_turns(batches.iter().map(|chunks| self.layers(chunks, &kv, experts))).await?;
         let began = Instant::now();
         let mut step = StepOutput { logits: Vec::new(), routing: Vec::new(), times: StepTimes::default() };
         for (chunks, output) in batches.iter().zip(outputs) {

@@ -20,6 +20,7 @@ mod kv;
 mod sampler;
 mod stop;
 mod tokenizer;
+mod turns;
 
 pub use calls::{CallReader, Marker, Said, TOOL_CALLS};
 pub use chat::{CalledFunction, ChatError, ChatTemplate, Message, ToolCall};

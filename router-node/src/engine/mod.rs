@@ -1,8 +1,8 @@
 //! The engine: one thread that owns the model, the KV cache and every running sequence, and computes step after step.
 //!
 //! Requests wait in a bounded queue until their first step, and events go out over one channel each. A sequence whose client is
-//! gone leaves before the next step. It computes on its own thread and its pool, never on the I/O runtime; waiting for experts
-//! is its only await.
+//! gone leaves before the next step. It computes on its own thread and its pool, never on the I/O runtime. It waits, for
+//! requests as for experts, by driving a runtime of its own, on which the connections to expert nodes live.
 
 mod overlap;
 mod sequence;
@@ -19,8 +19,9 @@ use sirocco_model::{
 };
 use sirocco_proto::inference::{Event, Trace};
 use sirocco_types::SamplingParams;
-use tokio::runtime::Handle;
+use tokio::runtime::Runtime;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use tokio_util::task::TaskTracker;
 
 use crate::deadline::Overdue;
 use crate::metrics::Metrics;
@@ -119,16 +120,22 @@ struct Waiting {
 }
 
 impl Engine {
-    /// Starts the thread; experts are waited for on `runtime`.
+    /// Starts the thread, which drives `runtime`. It ends after `connections`, the tasks that live there.
     pub(crate) fn start<E: Experts + 'static>(
         parts: Parts<E>,
-        runtime: Handle,
+        runtime: Runtime,
+        connections: TaskTracker,
     ) -> std::io::Result<(Self, JoinHandle<()>)> {
         let queue = parts.limits.queue;
         let (requests, incoming) = mpsc::channel(queue);
         let engine = EngineThread::new(parts, runtime);
         let counts = engine.counts.subscribe();
-        let thread = std::thread::Builder::new().name("engine".into()).spawn(move || engine.run(incoming))?;
+        let thread = std::thread::Builder::new().name("engine".into());
+        let thread = thread.spawn(move || {
+            let runtime = engine.run(incoming);
+            connections.close();
+            runtime.block_on(connections.wait());
+        })?;
         Ok((Self { requests, places: Arc::new(Semaphore::new(queue)), queue, counts }, thread))
     }
 
@@ -165,7 +172,7 @@ struct EngineThread<E> {
     model: Model,
     tokenizer: Arc<Tokenizer>,
     experts: E,
-    runtime: Handle,
+    runtime: Runtime,
     kv: KvCache,
     scheduler: Scheduler,
     counts: watch::Sender<Counts>,
@@ -176,7 +183,7 @@ struct EngineThread<E> {
 }
 
 impl<E: Experts> EngineThread<E> {
-    fn new(parts: Parts<E>, runtime: Handle) -> Self {
+    fn new(parts: Parts<E>, runtime: Runtime) -> Self {
         let Parts { model, tokenizer, experts, limits, metrics } = parts;
         let kv = KvCache::new(model.spec(), limits.kv_blocks);
         let scheduler = Scheduler::new(Limits {
@@ -191,13 +198,14 @@ impl<E: Experts> EngineThread<E> {
         Self { model, tokenizer, experts, runtime, kv, scheduler, counts, metrics, overlap_rows, sequences, next_id: 0 }
     }
 
-    fn run(mut self, mut incoming: mpsc::Receiver<Waiting>) {
+    /// Serves until no handle is left, and gives back what it waited with.
+    fn run(mut self, mut incoming: mpsc::Receiver<Waiting>) -> Runtime {
         loop {
             if self.scheduler.is_idle() {
                 self.counts.send_replace(self.scheduler.counts());
-                match incoming.blocking_recv() {
+                match self.runtime.block_on(incoming.recv()) {
                     Some(waiting) => self.accept(waiting),
-                    None => return,
+                    None => return self.runtime,
                 }
             }
             while let Ok(waiting) = incoming.try_recv() {

@@ -34,6 +34,7 @@ impl Setup {
 
     fn with(folder: &Path, limits: EngineLimits) -> Self {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let driven = tokio::runtime::Builder::new_current_thread().build().unwrap();
         let checkpoint = Checkpoint::open(folder).unwrap();
         let pool = Pool::new(2).unwrap();
         let parts = Parts {
@@ -43,7 +44,7 @@ impl Setup {
             limits,
             metrics: crate::metrics::tests::metrics().0,
         };
-        let (engine, thread) = Engine::start(parts, runtime.handle().clone()).unwrap();
+        let (engine, thread) = Engine::start(parts, driven, TaskTracker::new()).unwrap();
         Self { engine: Some(engine), thread: Some(thread), runtime }
     }
 
