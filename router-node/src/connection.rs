@@ -20,6 +20,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::task::TaskTracker;
 
 use crate::metrics::Hop;
+use crate::standing::Standing;
 
 /// Requests that may wait for one node before callers wait to hand over theirs.
 const QUEUE: usize = 64;
@@ -33,6 +34,8 @@ pub(crate) struct Connection {
     address: String,
     /// What is counted of its calls.
     pub(crate) hop: Arc<Hop>,
+    /// How the node has answered lately.
+    pub(crate) standing: Standing,
     calls: mpsc::Sender<(DispatchRequest, Answer)>,
 }
 
@@ -41,7 +44,13 @@ impl Connection {
     pub(crate) fn open(node: NodeId, address: String, hop: Arc<Hop>, tasks: &TaskTracker) -> Self {
         let (calls, queue) = mpsc::channel(QUEUE);
         tasks.spawn(run(node.clone(), address.clone(), queue));
-        Self { node, address, hop, calls }
+        Self { node, address, hop, standing: Standing::default(), calls }
+    }
+
+    /// A connection whose calls go to `calls` and nowhere else.
+    #[cfg(test)]
+    pub(crate) fn over(node: NodeId, hop: Arc<Hop>, calls: mpsc::Sender<(DispatchRequest, Answer)>) -> Self {
+        Self { address: node.to_string(), node, hop, standing: Standing::default(), calls }
     }
 
     /// Where the node answers.

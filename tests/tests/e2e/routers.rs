@@ -55,8 +55,7 @@ async fn a_completion_goes_on_at_another_router_with_the_same_bytes() {
     let etcd = Etcd::start().unwrap();
     let demo = repository("models/demo");
     let models = vec![demo.clone(); 2];
-    let setup =
-        Setup { name: "relay", router_model: &demo, models: &models, coordinators: 1, routers: 3, envs: &[] };
+    let setup = Setup { name: "relay", router_model: &demo, models: &models, coordinators: 1, routers: 3, envs: &[] };
     let mut cluster = Cluster::start_with(&etcd.endpoint(), &setup).unwrap();
     let routers: Vec<String> = cluster.routers.iter().map(|router| router.grpc.clone()).collect();
 
