@@ -4,9 +4,8 @@ use std::io::{IsTerminal as _, Read as _, Write as _};
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use serde::Serialize;
-use sirocco_proto::channel::{self, MAX_MESSAGE_BYTES};
-use sirocco_proto::inference::InferenceServiceClient;
-use sirocco_proto::tonic::{Code, Request, Status};
+use sirocco_proto::generation::{Generation, GenerationError};
+use sirocco_proto::tonic::{Code, Status};
 use sirocco_proto::wire::inference as wire;
 use sirocco_proto::wire::inference::generate_response::Event;
 use sirocco_types::{Timings, Usage};
@@ -22,9 +21,9 @@ pub(crate) struct Args {
     /// Token ids to complete, with commas between
     #[arg(long, env = "SIROCCO_PROMPT_IDS", value_delimiter = ',', conflicts_with = "prompt", value_name = "IDS")]
     prompt_ids: Vec<u32>,
-    /// The router node's gRPC address
-    #[arg(long, env = "SIROCCO_ROUTER", value_name = "ADDR", default_value = "127.0.0.1:8001")]
-    router: String,
+    /// The router nodes' gRPC addresses, with commas between; when one is lost, the completion goes on at the next
+    #[arg(long, env = "SIROCCO_ROUTER", value_name = "ADDRS", value_delimiter = ',', default_value = "127.0.0.1:8001")]
+    router: Vec<String>,
     /// The model's name; the one served when absent
     #[arg(long, env = "SIROCCO_MODEL_NAME", value_name = "NAME", default_value = "", hide_default_value = true)]
     model: String,
@@ -97,7 +96,7 @@ pub(crate) async fn run(args: Args) -> Result<()> {
         (None, _) => wire::generate_request::Prompt::Text(read_stdin()?),
     };
     let shows = args.output == Format::Table || args.output == Format::Wide;
-    let asked = Asked { router: &args.router, model: args.model, api_key: args.api_key, prompt };
+    let asked = Asked { routers: args.router, model: args.model, api_key: args.api_key, prompt };
     let completion = complete(asked, args.sampling, |text| {
         if shows {
             show(text);
@@ -112,9 +111,9 @@ pub(crate) async fn run(args: Args) -> Result<()> {
 }
 
 /// Who is asked for what.
-pub(crate) struct Asked<'a> {
-    /// The router's gRPC address.
-    pub(crate) router: &'a str,
+pub(crate) struct Asked {
+    /// The routers' gRPC addresses.
+    pub(crate) routers: Vec<String>,
     /// Empty: the one served.
     pub(crate) model: String,
     pub(crate) api_key: Option<String>,
@@ -122,16 +121,8 @@ pub(crate) struct Asked<'a> {
 }
 
 /// Has a router complete a prompt; `text` gets each piece of the text as it comes.
-pub(crate) async fn complete(
-    asked: Asked<'_>,
-    sampling: SamplingArgs,
-    mut text: impl FnMut(&str),
-) -> Result<Completion> {
-    let Asked { router: address, model, api_key, prompt } = asked;
-    let channel = channel::connect(address)
-        .await
-        .map_err(|error| Unreachable(format!("router node {address}: {}", sirocco_process::chain(&error))))?;
-    let mut client = InferenceServiceClient::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
+pub(crate) async fn complete(asked: Asked, sampling: SamplingArgs, mut text: impl FnMut(&str)) -> Result<Completion> {
+    let Asked { routers, model, api_key, prompt } = asked;
     let request = wire::GenerateRequest {
         model,
         prompt: Some(prompt),
@@ -149,42 +140,44 @@ pub(crate) async fn complete(
         max_tokens: Some(sampling.max_tokens),
         stop: sampling.stop,
         ignore_eos: sampling.ignore_eos,
-        logprobs: None,
-        trace: None,
         ..Default::default()
     };
-    let mut request = Request::new(request);
+    let mut generation = Generation::new(routers, request);
     if let Some(key) = api_key {
         // Neither the key nor the reason may end up on a screen.
         let bearer =
             format!("Bearer {key}").parse().map_err(|_| anyhow!("--api-key: it cannot be sent as a header"))?;
-        request.metadata_mut().insert("authorization", bearer);
+        generation = generation.authorized(bearer);
     }
-    let failed = |status: Status| refusal(address, &status);
-    let mut events = client.generate(request).await.map_err(failed)?.into_inner();
     let mut completion = Completion::default();
-    while let Some(response) = events.message().await.map_err(failed)? {
-        match response.event {
-            Some(Event::Started(started)) => {
+    loop {
+        match generation.event().await.map_err(failure)? {
+            Event::Started(started) => {
                 completion.request_id = started.request_id;
                 completion.model = started.model;
                 completion.seed = started.seed;
             }
-            Some(Event::Token(token)) => {
+            Event::Token(token) => {
                 completion.token_ids.push(token.id);
                 completion.text += &token.text;
                 text(&token.text);
             }
-            Some(Event::Finished(finished)) => {
+            Event::Finished(finished) => {
                 completion.text += &finished.text;
                 text(&finished.text);
                 completion.end(&finished);
                 return Ok(completion);
             }
-            None => {}
         }
     }
-    bail!("router node {address}: the stream ended before the completion did")
+}
+
+/// Why a completion does not go on, as an error of this program.
+fn failure(error: GenerationError) -> anyhow::Error {
+    match error {
+        GenerationError::Refused(router, status) => refusal(&router, &status),
+        error @ GenerationError::Unreachable(..) => Unreachable(sirocco_process::chain(&error)).into(),
+    }
 }
 
 impl Completion {

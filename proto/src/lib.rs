@@ -2,6 +2,7 @@
 //!
 //! - [`expert`]: router nodes to expert nodes, `sirocco.expert.v1`.
 //! - [`inference`]: clients to router nodes, `sirocco.inference.v1`.
+//! - [`generation`]: a client's side of one completion, whatever routers are lost meanwhile.
 //! - [`cluster`]: operators to coordinators, `sirocco.cluster.v1`.
 //! - [`load`]: nodes to the leading coordinator, of the same package.
 //! - [`channel`] and [`server`]: how every connection is made and every service is offered.
@@ -16,6 +17,7 @@ pub mod channel;
 pub mod cluster;
 pub mod codec;
 pub mod expert;
+pub mod generation;
 pub mod inference;
 pub mod load;
 pub mod server;

@@ -14,6 +14,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_util::task::TaskTracker;
 
 use crate::metrics::Hop;
+use crate::standing::Standing;
 
 /// Requests that may wait for one node before callers wait to hand over theirs.
 const QUEUE: usize = 64;
@@ -36,6 +37,8 @@ pub(crate) struct Connection {
     address: String,
     /// What is counted of its calls.
     pub(crate) hop: Arc<Hop>,
+    /// How the node has answered lately.
+    pub(crate) standing: Standing,
     calls: mpsc::Sender<(DispatchRequest, Answer)>,
 }
 
@@ -44,7 +47,13 @@ impl Connection {
     pub(crate) fn open(node: NodeId, address: String, hop: Arc<Hop>, home: &Home) -> Self {
         let (calls, queue) = mpsc::channel(QUEUE);
         home.tasks.spawn_on(run(node.clone(), address.clone(), queue), &home.runtime);
-        Self { node, address, hop, calls }
+        Self { node, address, hop, standing: Standing::default(), calls }
+    }
+
+    /// A connection whose calls go to `calls` and nowhere else.
+    #[cfg(test)]
+    pub(crate) fn over(node: NodeId, hop: Arc<Hop>, calls: mpsc::Sender<(DispatchRequest, Answer)>) -> Self {
+        Self { address: node.to_string(), node, hop, standing: Standing::default(), calls }
     }
 
     /// Where the node answers.

@@ -24,6 +24,7 @@ mod page;
 mod policy;
 mod replicas;
 mod scheduler;
+mod standing;
 mod topology;
 
 pub use callers::{OpenError, keys};

@@ -44,6 +44,7 @@ pub(crate) struct Metrics {
     hop_seconds: HistogramFamily,
     hop_rows: CounterFamily,
     hop_retries: CounterFamily,
+    hop_late: CounterFamily,
     hop_refusals: CounterFamily,
     hops: Mutex<HashMap<NodeId, Arc<Hop>>>,
 }
@@ -207,6 +208,13 @@ impl Metrics {
                 ),
                 &["node"],
             ),
+            hop_late: page.counter_family(
+                (
+                    "sirocco_router_late_calls_total",
+                    "Calls that an expert node did not answer in the time that is usual; others are asked then, if there are others.",
+                ),
+                &["node"],
+            ),
             hop_refusals: page.counter_family(
                 (
                     "sirocco_router_expert_refusals_total",
@@ -302,6 +310,7 @@ impl Metrics {
                 seconds: self.hop_seconds.with_label_values(&[name]),
                 rows: self.hop_rows.with_label_values(&[name]),
                 retries: self.hop_retries.with_label_values(&[name]),
+                late: self.hop_late.with_label_values(&[name]),
                 refusals: RefusalReason::ALL.map(|r| self.hop_refusals.with_label_values(&[name, r.as_str()])),
             })
         };
@@ -318,6 +327,7 @@ impl Metrics {
                 let _ = self.hop_seconds.remove_label_values(&[name]);
                 let _ = self.hop_rows.remove_label_values(&[name]);
                 let _ = self.hop_retries.remove_label_values(&[name]);
+                let _ = self.hop_late.remove_label_values(&[name]);
                 for reason in RefusalReason::ALL {
                     let _ = self.hop_refusals.remove_label_values(&[name, reason.as_str()]);
                 }
@@ -333,6 +343,7 @@ pub(crate) struct Hop {
     seconds: Histogram,
     rows: Counter,
     retries: Counter,
+    late: Counter,
     /// By reason.
     refusals: [Counter; RefusalReason::ALL.len()],
 }
@@ -342,6 +353,11 @@ impl Hop {
     pub(crate) fn asked(&self, rows: usize, retries: usize) {
         self.rows.inc_by(rows as u64);
         self.retries.inc_by(retries as u64);
+    }
+
+    /// The node takes longer than is usual.
+    pub(crate) fn late(&self) {
+        self.late.inc();
     }
 
     /// The node has answered, `after` it was asked.

@@ -207,6 +207,8 @@ pub async fn start(
         timeout: Duration::from_secs(config.expert_timeout_s),
         tokens,
         turns: Arc::new(ExpertCounts::new(&identity.spec)),
+        usual: Arc::default(),
+        hedges: Arc::default(),
         metrics: Arc::clone(&metrics),
     };
     let parts = Parts { model, tokenizer: Arc::clone(&tokenizer), experts, limits, metrics: Arc::clone(&metrics) };

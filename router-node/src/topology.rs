@@ -51,6 +51,18 @@ impl Topology {
         &self.nodes[node].connection
     }
 
+    /// The speed of `node`, one of those that [`Topology::replicas`] gave, in percent of an ordinary node.
+    pub(crate) fn speed(&self, node: &NodeId) -> u32 {
+        self.nodes[node].speed
+    }
+
+    /// A topology of nodes with ordinary speed.
+    #[cfg(test)]
+    pub(crate) fn over(placement: Placement, nodes: impl Iterator<Item = (NodeId, Arc<Connection>)>) -> Self {
+        let node = |(id, connection)| (id, Node { connection, speed: ORDINARY_SPEED });
+        Self { placement, nodes: nodes.map(node).collect(), in_use: None }
+    }
+
     /// The topology after `state`. Connections whose node still answers at the same address are kept; a node that has left
     /// the store but is still in the placement is kept as it was, because serving outlives the control plane.
     fn next(&self, state: &ClusterState, metrics: &Metrics, home: &Home) -> Self {

@@ -145,7 +145,7 @@ async fn serve(args: &Args, addresses: &Addresses, shutdown: &CancellationToken)
     };
     eprintln!("ready");
     let prompt = Prompt::Text(prompt.clone());
-    let asked = Asked { router: &addresses.router, model: String::new(), api_key: None, prompt };
+    let asked = Asked { routers: vec![addresses.router.clone()], model: String::new(), api_key: None, prompt };
     let completion = complete(asked, args.sampling.clone(), show);
     tokio::select! {
         completion = completion => completion.map(|_| println!()),

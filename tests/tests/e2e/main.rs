@@ -12,6 +12,7 @@ mod openai;
 mod operations;
 mod page;
 mod parameters;
+mod routers;
 mod services;
 mod storm;
 mod support;
