@@ -126,13 +126,13 @@ async fn drive(
                 None if waiting.is_empty() => return None,
                 None => break "the node closed it".to_owned(),
             },
-            next = calls.recv() => match next {
-                Some(next) => call = Some(next),
-                None => {
+            next = calls.recv() => {
+                if next.is_none() {
                     stream.close().await;
                     return None;
                 }
-            },
+                call = next;
+            }
         }
     };
     for (_, answer) in waiting.drain() {

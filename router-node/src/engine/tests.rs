@@ -195,7 +195,7 @@ fn a_preempted_sequence_reports_the_experts_it_would_have_reported_alone() {
         let trace = Trace { routing: true, ..Trace::default() };
         Asked { trace, ..Asked::greedy(prompt.clone()) }
     };
-    let setup = Setup::start(EngineLimits { kv_blocks: 16, ..LIMITS });
+    let setup = Setup::start(EngineLimits { kv_blocks: 8, ..LIMITS });
     let together = setup.run(goldens.iter().map(|(prompt, _)| asked(prompt)).collect());
     assert!(setup.engine().counts().preemptions > 0);
     for ((prompt, _), together) in goldens.iter().zip(together) {
