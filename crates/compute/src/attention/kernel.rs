@@ -15,6 +15,9 @@ use crate::pages::LINE;
 /// f32 between the scores of one row and those of the next; no power of two, so that rows do not evict each other.
 const STRIDE: usize = CHUNK_TOKENS + LANES;
 
+/// How many f32 ahead of their use keys and values are asked for: memory is one stream, so what follows is what comes next.
+const AHEAD: usize = 512;
+
 /// Rows of a head that go through a chunk together: few enough that their scores stay near.
 const ROWS: usize = 48;
 
@@ -108,31 +111,12 @@ impl<'a> Piece<'a> {
         self.task.queries.blocks[self.chunk * (CHUNK_TOKENS / BLOCK_TOKENS) + index]
     }
 
-    /// Each block that a row sees and each head in it, as they lie in memory.
-    fn walk(&self) -> impl Iterator<Item = Step> {
+    /// Each block that a row sees, its place in the chunk and each head in it, as they lie in memory.
+    fn walk(&self) -> impl Iterator<Item = (usize, u32, usize)> {
         let heads = self.task.heads.clone();
         let blocks = self.blocks(0..self.seen.len());
-        blocks.clone().flat_map(move |index| {
-            let heads = heads.clone();
-            let following = (index + 1 < blocks.end).then(|| (self.block(index + 1), heads.start));
-            heads.clone().map(move |head| Step {
-                index,
-                block: self.block(index),
-                head,
-                next: if head + 1 < heads.end { Some((self.block(index), head + 1)) } else { following },
-            })
-        })
+        blocks.flat_map(move |index| heads.clone().map(move |head| (index, self.block(index), head)))
     }
-}
-
-/// A head of a block.
-struct Step {
-    /// The block's place in the chunk.
-    index: usize,
-    block: u32,
-    head: usize,
-    /// The block and the head that come next in the chunk.
-    next: Option<(u32, usize)>,
 }
 
 /// Calls `$function` for `$rows` rows, a number that is known when it is compiled.
@@ -235,11 +219,9 @@ fn pack_q<const R: usize>(task: &Task, queries: Range<usize>, packed: &mut Vec<f
 unsafe fn scores<V: Lanes, const R: usize>(piece: &Piece, q: &[f32], out: &mut [f32]) {
     let layer = piece.task.layer;
     let (rows, dim) = (piece.seen.len(), layer.shape().head_dim);
-    let values = layer.values(piece.block(piece.blocks(0..rows).start), piece.task.heads.start);
-    for Step { index, block, head, next } in piece.walk() {
+    for (index, block, head) in piece.walk() {
         let keys = layer.keys(block, head);
         let place = head - piece.task.heads.start;
-        let next = next.map_or(values, |(block, head)| layer.keys(block, head));
         for first in (0..rows).step_by(R) {
             let count = R.min(rows - first);
             if !piece.blocks(first..first + count).contains(&index) {
@@ -248,33 +230,27 @@ unsafe fn scores<V: Lanes, const R: usize>(piece: &Piece, q: &[f32], out: &mut [
             let q = &q[(place * rows + first) * dim..][..count * dim];
             let out = &mut out[(place * rows + first) * STRIDE + index * BLOCK_TOKENS..];
             assert!(out.len() >= (count - 1) * STRIDE + BLOCK_TOKENS && keys.len() >= dim * BLOCK_TOKENS, "shapes fit");
-            let (q, keys, out, next) = (q.as_ptr(), keys.as_ptr(), out.as_mut_ptr(), next.as_ptr());
+            let (q, keys, out) = (q.as_ptr(), keys.as_ptr(), out.as_mut_ptr());
             // SAFETY: by this function's contract; the slices hold what `count` rows take.
-            unsafe { by_rows!(count, score_block::<V, _>(q, keys, dim, out, next)) };
+            unsafe { by_rows!(count, score_block::<V, _>(q, keys, dim, out)) };
         }
     }
 }
 
 /// Scores of `R` rows for the keys of a block: `q` `[dim, R]`, `keys` `[dim, BLOCK_TOKENS]`, `out` `[R, BLOCK_TOKENS]` in rows of
-/// [`STRIDE`]. Each is one chain of fused multiply-adds over ascending elements, from zero. Fetches as much from `next`.
+/// [`STRIDE`]. Each is one chain of fused multiply-adds over ascending elements, from zero.
 ///
-/// SAFETY: the machine has the instruction set of `V`; the pointers but `next` lead to that many f32.
+/// SAFETY: the machine has the instruction set of `V`; the pointers lead to that many f32.
 #[expect(clippy::inline_always, reason = "compiled once per instruction set, inside the caller that enables it")]
 #[inline(always)]
-unsafe fn score_block<V: Lanes, const R: usize>(
-    q: *const f32,
-    keys: *const f32,
-    dim: usize,
-    out: *mut f32,
-    next: *const f32,
-) {
+unsafe fn score_block<V: Lanes, const R: usize>(q: *const f32, keys: *const f32, dim: usize, out: *mut f32) {
     for first in (0..BLOCK_TOKENS).step_by(2 * V::COUNT) {
         // SAFETY: by this function's contract; BLOCK_TOKENS is a multiple of two vectors.
         unsafe {
             let mut sums = [[V::splat(&0.0); 2]; R];
             for d in 0..dim {
                 let at = d * BLOCK_TOKENS + first;
-                fetch::<V, 2>(next.wrapping_add(at));
+                fetch::<V, 2>(keys.wrapping_add(at));
                 let keys = [V::load(keys.add(at)), V::load(keys.add(at + V::COUNT))];
                 for (r, sums) in sums.iter_mut().enumerate() {
                     let q = V::splat(q.add(d * R + r));
@@ -289,15 +265,15 @@ unsafe fn score_block<V: Lanes, const R: usize>(
     }
 }
 
-/// Asks for the cache lines that `N` vectors at `at` begin in; it need not be valid.
+/// Asks for the cache lines that come [`AHEAD`] of those in which `N` vectors at `at` begin.
 ///
 /// SAFETY: the machine has the instruction set of `V`.
 #[expect(clippy::inline_always, reason = "compiled once per instruction set, inside the caller that enables it")]
 #[inline(always)]
 unsafe fn fetch<V: Lanes, const N: usize>(at: *const f32) {
     for line in (0..N * V::COUNT).step_by(LINE / size_of::<f32>()) {
-        // SAFETY: by this function's contract.
-        unsafe { V::fetch(at.wrapping_add(line).cast()) };
+        // SAFETY: by this function's contract; what is fetched need not be valid.
+        unsafe { V::fetch(at.wrapping_add(AHEAD + line).cast()) };
     }
 }
 
@@ -341,10 +317,9 @@ fn soften(scores: &mut [f32], seen: &Range<usize>, max_and_sum: &mut [f32]) {
 unsafe fn draw<V: Lanes, const R: usize>(piece: &Piece, weights: &[f32], out: &mut [f32]) {
     let layer = piece.task.layer;
     let (rows, dim, len) = (piece.seen.len(), layer.shape().padded_dim(), record_len(layer.shape()));
-    for Step { index, block, head, next } in piece.walk() {
+    for (index, block, head) in piece.walk() {
         let values = layer.values(block, head);
         let place = head - piece.task.heads.start;
-        let next = next.map_or(values, |(block, head)| layer.values(block, head));
         let base = index * BLOCK_TOKENS;
         let in_block = |row: usize| {
             let clip = |position: usize| position.saturating_sub(base).min(BLOCK_TOKENS);
@@ -364,14 +339,13 @@ unsafe fn draw<V: Lanes, const R: usize>(piece: &Piece, weights: &[f32], out: &m
                     let width = VALUE_PANEL.min(dim - panel);
                     let start = panel * BLOCK_TOKENS + seen.start * width + d - panel;
                     let values = values[start..][..(seen.len() - 1) * width + V::COUNT].as_ptr();
-                    let next = next[start..].as_ptr();
                     let (weights, out) = (weights.as_ptr(), out[d..].as_mut_ptr());
                     // SAFETY: by this function's contract; the slices hold what `count` rows take.
                     unsafe {
                         if dim - d == V::COUNT {
-                            by_rows!(count, draw_block::<V, _, 1>(weights, values, seen.len(), width, out, len, next));
+                            by_rows!(count, draw_block::<V, _, 1>(weights, values, seen.len(), width, out, len));
                         } else {
-                            by_rows!(count, draw_block::<V, _, 2>(weights, values, seen.len(), width, out, len, next));
+                            by_rows!(count, draw_block::<V, _, 2>(weights, values, seen.len(), width, out, len));
                         }
                     }
                 }
@@ -382,9 +356,9 @@ unsafe fn draw<V: Lanes, const R: usize>(piece: &Piece, weights: &[f32], out: &m
 }
 
 /// Adds `tokens` values, `N` vectors each in rows of `width`, times the weights of `R` rows, `[R, tokens]` in rows of [`STRIDE`],
-/// to `out`, `R` rows of `N` vectors in rows of `len`. Fetches as many values from `next`.
+/// to `out`, `R` rows of `N` vectors in rows of `len`.
 ///
-/// SAFETY: the machine has the instruction set of `V`; the pointers but `next` lead to that many f32.
+/// SAFETY: the machine has the instruction set of `V`; the pointers lead to that many f32.
 #[expect(clippy::inline_always, reason = "compiled once per instruction set, inside the caller that enables it")]
 #[inline(always)]
 unsafe fn draw_block<V: Lanes, const R: usize, const N: usize>(
@@ -394,14 +368,13 @@ unsafe fn draw_block<V: Lanes, const R: usize, const N: usize>(
     width: usize,
     out: *mut f32,
     len: usize,
-    next: *const f32,
 ) {
     // SAFETY: by this function's contract.
     unsafe {
         let place = |r: usize, n: usize| out.add(r * len + n * V::COUNT);
         let mut sums = std::array::from_fn::<_, R, _>(|r| std::array::from_fn::<_, N, _>(|n| V::load(place(r, n))));
         for t in 0..tokens {
-            fetch::<V, N>(next.wrapping_add(t * width));
+            fetch::<V, N>(values.wrapping_add(t * width));
             let values = std::array::from_fn::<_, N, _>(|n| V::load(values.add(t * width + n * V::COUNT)));
             for (r, sums) in sums.iter_mut().enumerate() {
                 let weight = V::splat(weights.add(r * STRIDE + t));
