@@ -94,6 +94,37 @@ struct BatchOutput {
     attention: Duration,
 }
 
+/// What a batch's layers write, one after the other; kept from layer to layer.
+struct Buffers {
+    /// `[tokens, hidden]`
+    normed: Vec<f32>,
+    /// `[tokens, heads, head_dim]`
+    q: Vec<f32>,
+    /// `[tokens, kv_heads, head_dim]`
+    k: Vec<f32>,
+    /// `[tokens, kv_heads, head_dim]`
+    v: Vec<f32>,
+    /// `[tokens, heads, head_dim]`
+    attended: Vec<f32>,
+    /// `[tokens, hidden]`
+    projected: Vec<f32>,
+}
+
+impl Buffers {
+    fn new(spec: &ModelSpec, tokens: usize) -> Self {
+        let zeros = |width: usize| vec![0.0; tokens * width];
+        let (q_width, kv_width) = (spec.num_attention_heads * spec.head_dim, spec.num_key_value_heads * spec.head_dim);
+        Self {
+            normed: zeros(spec.hidden_size),
+            q: zeros(q_width),
+            k: zeros(kv_width),
+            v: zeros(kv_width),
+            attended: zeros(q_width),
+            projected: zeros(spec.hidden_size),
+        }
+    }
+}
+
 impl Model {
     /// Loads everything but the experts; `pool` is what it computes with.
     pub fn load(checkpoint: &Checkpoint, pool: Pool) -> Result<Self, CheckpointError> {
@@ -177,18 +208,19 @@ impl Model {
             hidden.extend(self.embedding.row(*token as usize));
         }
         let angles: Vec<_> = positions(chunks).map(|(_, position)| self.rotary.angles(position)).collect();
+        let mut buffers = Buffers::new(&self.spec, angles.len());
 
         let mut routing = Vec::with_capacity(self.layers.len());
         for (layer, id) in self.layers.iter().zip((0..).map(LayerId)) {
-            let normed = rms_norm(&hidden, &layer.attention_norm, eps);
-            let attended = self.attention(layer, id, &normed, chunks, &angles, &mut kv.borrow_mut());
-            add(&mut hidden, &attended);
+            rms_norm(&hidden, &layer.attention_norm, eps, &mut buffers.normed, &self.pool);
+            self.attention(layer, id, chunks, &angles, &mut buffers, &mut kv.borrow_mut());
+            add(&mut hidden, &buffers.projected);
 
-            let normed = rms_norm(&hidden, &layer.experts_norm, eps);
-            let gate = self.multiply(&normed, &layer.gate); // [tokens, experts]
+            rms_norm(&hidden, &layer.experts_norm, eps, &mut buffers.normed, &self.pool);
+            let gate = self.multiply(&buffers.normed, &layer.gate); // [tokens, experts]
             let chosen = route(gate, self.spec.num_local_experts, self.spec.num_experts_per_tok);
             attention += began.elapsed();
-            let combined = experts.forward(id, &normed, &chosen).await?;
+            let combined = experts.forward(id, &buffers.normed, &chosen).await?;
             began = Instant::now();
             add(&mut hidden, &combined);
             routing.push(chosen);
@@ -196,31 +228,32 @@ impl Model {
         Ok(BatchOutput { hidden, routing, attention })
     }
 
+    /// Stores the keys and values of `buffers.normed` and attends; leaves what comes of it in `buffers.projected`.
     fn attention(
         &self,
         layer: &Layer,
         id: LayerId,
-        normed: &[f32],
         chunks: &[SequenceChunk<'_>],
         angles: &[Vec<(f32, f32)>],
+        buffers: &mut Buffers,
         kv: &mut KvCache,
-    ) -> Vec<f32> {
-        let mut q = self.multiply(normed, &layer.q); // [tokens, heads * head_dim]
-        let mut k = self.multiply(normed, &layer.k); // [tokens, kv_heads * head_dim]
-        let v = self.multiply(normed, &layer.v); // [tokens, kv_heads * head_dim]
-        let (q_width, kv_width) = (layer.q.outputs(), layer.k.outputs());
-        for (index, (table, position)) in positions(chunks).enumerate() {
-            Rotary::rotate(&mut q[index * q_width..][..q_width], &angles[index]);
-            let key = &mut k[index * kv_width..][..kv_width];
-            Rotary::rotate(key, &angles[index]);
-            kv.store(id, table, position, key, &v[index * kv_width..][..kv_width]);
+    ) {
+        let Buffers { normed, q, k, v, attended, projected } = buffers;
+        for (w, out) in [(&layer.q, &mut *q), (&layer.k, &mut *k), (&layer.v, &mut *v)] {
+            matmul(normed, w, out, &self.pool);
+        }
+        Rotary::rotate(q, angles, &self.pool);
+        Rotary::rotate(k, angles, &self.pool);
+        let width = layer.k.outputs();
+        for ((table, position), (k, v)) in positions(chunks).zip(k.chunks_exact(width).zip(v.chunks_exact(width))) {
+            kv.store(id, table, position, k, v);
         }
         let queries: Vec<Queries> = chunks
             .iter()
             .map(|chunk| Queries { blocks: chunk.blocks, start: chunk.start, len: chunk.tokens.len() })
             .collect();
-        let attended = attend(kv.layer(id), &q, &queries, &self.pool);
-        self.multiply(&attended, &layer.o)
+        attend(kv.layer(id), q, &queries, attended, &self.pool);
+        matmul(attended, &layer.o, projected, &self.pool);
     }
 
     fn logits(&self, chunks: &[SequenceChunk<'_>], hidden: &[f32]) -> Vec<Vec<f32>> {
@@ -237,7 +270,8 @@ impl Model {
             };
             wanted.extend_from_slice(&hidden[from * width..end * width]);
         }
-        let normed = rms_norm(&wanted, &self.norm, self.spec.rms_norm_eps);
+        let mut normed = vec![0.0; wanted.len()];
+        rms_norm(&wanted, &self.norm, self.spec.rms_norm_eps, &mut normed, &self.pool);
         let logits = self.multiply(&normed, self.lm_head.as_ref().unwrap_or(&self.embedding));
         logits.chunks_exact(self.spec.vocab_size).map(<[f32]>::to_vec).collect()
     }

@@ -146,7 +146,8 @@ fn tied_embeddings_serve_as_the_output_projection() {
 #[test]
 fn a_copied_block_goes_on_as_the_block_it_was_copied_from() {
     let Setup { checkpoint, model, experts } = &*ONE_THREAD;
-    let tokens: Vec<u32> = (0..40).map(|i| (i * 37 + 11) % 256).collect();
+    let from = KvCache::BLOCK_TOKENS + 9;
+    let tokens: Vec<u32> = (0..2 * KvCache::BLOCK_TOKENS as u32 + 8).map(|i| (i * 37 + 11) % 256).collect();
     let mut kv = KvCache::new(checkpoint.spec(), 6);
     let compute = |kv: &mut KvCache, blocks: &[u32], from: usize| {
         let chunk = SequenceChunk { blocks, start: from, tokens: &tokens[from..], logits: Logits::All };
@@ -155,7 +156,7 @@ fn a_copied_block_goes_on_as_the_block_it_was_copied_from() {
     let whole = compute(&mut kv, &[0, 1, 2], 0);
     assert_eq!(whole.len(), tokens.len());
     kv.copy(1, 4);
-    assert_eq!(compute(&mut kv, &[0, 4, 5], 25), whole[25..]);
+    assert_eq!(compute(&mut kv, &[0, 4, 5], from), whole[from..]);
 }
 
 /// Experts that take a while, and how many batches wait for them at once.

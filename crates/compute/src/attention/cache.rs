@@ -1,12 +1,16 @@
 //! The keys and values of a layer, in blocks of [`BLOCK_TOKENS`] tokens.
 //!
-//! Within a block keys lie transposed, so that the lanes of a vector are different keys. A block holds all heads: a query reads
-//! memory in one stream when its sequence's blocks follow each other.
+//! Within a block keys lie transposed, so that the lanes of a vector are different keys, and values in panels of
+//! [`VALUE_PANEL`] elements, so that both are read from front to back. A block holds all heads: a query reads memory in one
+//! stream when its sequence's blocks follow each other.
 
 use std::ops::Range;
 
 use super::{AttentionShape, BLOCK_TOKENS};
 use crate::pages::{LINE, prefer_huge};
+
+/// Elements of a value that lie together, before those of the next token.
+pub(super) const VALUE_PANEL: usize = 32;
 
 /// One layer's keys and values, in numbered blocks. Its memory is reserved at once and touched as it is used.
 #[derive(Debug)]
@@ -14,7 +18,7 @@ pub struct KvLayer {
     shape: AttentionShape,
     /// `[blocks, kv_heads][padded_dim, BLOCK_TOKENS]`
     keys: Reserved,
-    /// `[blocks, kv_heads][BLOCK_TOKENS, padded_dim]`
+    /// `[blocks, kv_heads, padded_dim / VALUE_PANEL][BLOCK_TOKENS, VALUE_PANEL]`, the last panel narrower where it has fewer.
     values: Reserved,
 }
 
@@ -43,7 +47,12 @@ impl KvLayer {
             for (k, keys) in key.iter().zip(self.keys.slice_mut(place.clone()).chunks_exact_mut(BLOCK_TOKENS)) {
                 keys[slot] = *k;
             }
-            self.values.slice_mut(place)[slot * padded..][..dim].copy_from_slice(value);
+            let values = self.values.slice_mut(place);
+            for (panel, value) in value.chunks(VALUE_PANEL).enumerate() {
+                let first = panel * VALUE_PANEL;
+                let width = VALUE_PANEL.min(padded - first);
+                values[first * BLOCK_TOKENS + slot * width..][..value.len()].copy_from_slice(value);
+            }
         }
     }
 
@@ -61,7 +70,7 @@ impl KvLayer {
         self.keys.slice(self.place(block, head))
     }
 
-    /// The values of a head in a block, `[BLOCK_TOKENS, padded_dim]`.
+    /// The values of a head in a block, in panels of `[BLOCK_TOKENS, VALUE_PANEL]`.
     pub(super) fn values(&self, block: u32, head: usize) -> &[f32] {
         self.values.slice(self.place(block, head))
     }

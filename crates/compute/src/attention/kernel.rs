@@ -1,16 +1,22 @@
 //! What consecutive queries of a sequence draw from its chunks: scores, softmax, weighted values. The query heads of one key and
 //! value head are rows that share each load of a key and of a value.
 
+use std::cell::RefCell;
 use std::ops::Range;
 
-use super::{AttentionShape, BLOCK_TOKENS, CHUNK_TOKENS, KvLayer, Queries, SOFTMAX_LANES};
+use super::cache::VALUE_PANEL;
+use super::{AttentionShape, BLOCK_TOKENS, CHUNK_TOKENS, KvLayer, Queries};
 use crate::Isa;
 use crate::exp::exp;
 use crate::matmul::lanes::Lanes;
+use crate::norm::{LANES, add_up};
 use crate::pages::LINE;
 
 /// f32 between the scores of one row and those of the next; no power of two, so that rows do not evict each other.
-const STRIDE: usize = CHUNK_TOKENS + SOFTMAX_LANES;
+const STRIDE: usize = CHUNK_TOKENS + LANES;
+
+/// How many f32 ahead of their use keys and values are asked for: memory is one stream, so what follows is what comes next.
+const AHEAD: usize = 512;
 
 /// Rows of a head that go through a chunk together: few enough that their scores stay near.
 const ROWS: usize = 48;
@@ -40,35 +46,40 @@ impl Task<'_> {
         self.heads.len() * self.queries.len * shape.group() * record_len(shape)
     }
 
-    /// Computes it in `isa`, which this machine has, into `out`, which holds zeros.
+    /// Computes it in `isa`, which this machine has, into `out`.
     pub(super) fn run(&self, isa: Isa, out: &mut [f32]) {
+        thread_local! {
+            /// Kept, for what a thread frees the system takes back at a cost.
+            static SCRATCH: RefCell<Scratch> = RefCell::default();
+        }
+        out.fill(0.0);
         // SAFETY: the instruction set is there.
-        unsafe {
+        SCRATCH.with_borrow_mut(|scratch| unsafe {
             match isa {
                 #[cfg(target_arch = "x86_64")]
-                Isa::Avx512 => avx512(self, out),
+                Isa::Avx512 => avx512(self, scratch, out),
                 #[cfg(target_arch = "x86_64")]
-                Isa::Avx2 => avx2(self, out),
+                Isa::Avx2 => avx2(self, scratch, out),
                 #[cfg(target_arch = "aarch64")]
-                Isa::Neon => run::<std::arch::aarch64::float32x4_t, 8>(self, out),
-                _ => run::<f32, 4>(self, out),
+                Isa::Neon => run::<std::arch::aarch64::float32x4_t, 8>(self, scratch, out),
+                _ => run::<f32, 4>(self, scratch, out),
             }
-        }
+        });
     }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
-fn avx512(task: &Task, out: &mut [f32]) {
+fn avx512(task: &Task, scratch: &mut Scratch, out: &mut [f32]) {
     // SAFETY: this function enables what it needs.
-    unsafe { run::<std::arch::x86_64::__m512, 12>(task, out) }
+    unsafe { run::<std::arch::x86_64::__m512, 12>(task, scratch, out) }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-fn avx2(task: &Task, out: &mut [f32]) {
+fn avx2(task: &Task, scratch: &mut Scratch, out: &mut [f32]) {
     // SAFETY: this function enables what it needs.
-    unsafe { run::<std::arch::x86_64::__m256, 6>(task, out) }
+    unsafe { run::<std::arch::x86_64::__m256, 6>(task, scratch, out) }
 }
 
 /// Some queries of a task, at one of its chunks.
@@ -100,31 +111,12 @@ impl<'a> Piece<'a> {
         self.task.queries.blocks[self.chunk * (CHUNK_TOKENS / BLOCK_TOKENS) + index]
     }
 
-    /// Each block that a row sees and each head in it, as they lie in memory.
-    fn walk(&self) -> impl Iterator<Item = Step> {
+    /// Each block that a row sees, its place in the chunk and each head in it, as they lie in memory.
+    fn walk(&self) -> impl Iterator<Item = (usize, u32, usize)> {
         let heads = self.task.heads.clone();
         let blocks = self.blocks(0..self.seen.len());
-        blocks.clone().flat_map(move |index| {
-            let heads = heads.clone();
-            let following = (index + 1 < blocks.end).then(|| (self.block(index + 1), heads.start));
-            heads.clone().map(move |head| Step {
-                index,
-                block: self.block(index),
-                head,
-                next: if head + 1 < heads.end { Some((self.block(index), head + 1)) } else { following },
-            })
-        })
+        blocks.flat_map(move |index| heads.clone().map(move |head| (index, self.block(index), head)))
     }
-}
-
-/// A head of a block.
-struct Step {
-    /// The block's place in the chunk.
-    index: usize,
-    block: u32,
-    head: usize,
-    /// The block and the head that come next in the chunk.
-    next: Option<(u32, usize)>,
 }
 
 /// Calls `$function` for `$rows` rows, a number that is known when it is compiled.
@@ -148,43 +140,54 @@ macro_rules! by_rows {
     };
 }
 
+/// What a task writes besides its result.
+#[derive(Default)]
+struct Scratch {
+    /// See [`pack_q`].
+    q: Vec<f32>,
+    /// Scores, then weights: `[kv_heads, queries, group, STRIDE]`
+    weights: Vec<f32>,
+    /// What a chunk gives: `[kv_heads, queries, group, record_len]`
+    part: Vec<f32>,
+}
+
 /// Computes a task, `R` rows at once.
 ///
 /// SAFETY: the machine has the instruction set of `V`.
 #[expect(clippy::inline_always, reason = "compiled once per instruction set, inside the caller that enables it")]
 #[inline(always)]
-unsafe fn run<V: Lanes, const R: usize>(task: &Task, out: &mut [f32]) {
+unsafe fn run<V: Lanes, const R: usize>(task: &Task, scratch: &mut Scratch, out: &mut [f32]) {
     let shape = task.layer.shape();
-    let (group, len) = (shape.group(), record_len(shape));
-    let at_once = (ROWS / group).max(1).min(task.queries.len);
-    let pieces: Vec<_> = (0..task.queries.len)
-        .step_by(at_once)
-        .map(|first| {
-            let queries = first..(first + at_once).min(task.queries.len);
-            (packed_q::<R>(task, &queries), queries)
-        })
-        .collect();
-    let rows = task.heads.len() * at_once * group;
-    let mut weights = vec![0.0; rows * STRIDE]; // [kv_heads, queries, group, STRIDE]
-    let mut part = vec![0.0; rows * len]; // [kv_heads, queries, group, record_len]
+    let (group, heads, len) = (shape.group(), task.heads.len(), record_len(shape));
+    let at_once = (ROWS / group).max(1);
+    scratch.q.clear();
+    for first in (0..task.queries.len).step_by(at_once) {
+        pack_q::<R>(task, first..(first + at_once).min(task.queries.len), &mut scratch.q);
+    }
+    let most = heads * at_once.min(task.queries.len) * group;
+    scratch.weights.resize(most * STRIDE, 0.0);
+    scratch.part.resize(most * len, 0.0);
     for chunk in task.chunks.clone() {
-        for (q, queries) in &pieces {
-            let piece = Piece::new(task, queries.clone(), chunk);
+        for first in (0..task.queries.len).step_by(at_once) {
+            let piece = Piece::new(task, first..(first + at_once).min(task.queries.len), chunk);
             let rows = piece.seen.len(); // of a head
-            let weights = &mut weights[..task.heads.len() * rows * STRIDE];
-            let part = &mut part[..task.heads.len() * rows * len];
+            let q = &scratch.q[first * group * heads * shape.head_dim..];
+            let weights = &mut scratch.weights[..heads * rows * STRIDE];
+            let part = &mut scratch.part[..heads * rows * len];
             // SAFETY: by this function's contract.
             unsafe { scores::<V, R>(&piece, q, weights) };
             part.fill(0.0);
-            for (index, (weights, part)) in weights.chunks_exact_mut(STRIDE).zip(part.chunks_exact_mut(len)).enumerate()
-            {
-                soften(weights, &piece.seen[index % rows], &mut part[len - 2..]);
+            for (weights, part) in weights.chunks_exact_mut(rows * STRIDE).zip(part.chunks_exact_mut(rows * len)) {
+                let rows = weights.chunks_exact_mut(STRIDE).zip(part.chunks_exact_mut(len));
+                for ((weights, part), seen) in rows.zip(&piece.seen) {
+                    soften(weights, seen, &mut part[len - 2..]);
+                }
             }
             // SAFETY: by this function's contract.
             unsafe { draw::<V, R>(&piece, weights, part) };
             let of_heads = out.chunks_exact_mut(task.queries.len * group * len);
             for (out, part) in of_heads.zip(part.chunks_exact(rows * len)) {
-                let out = &mut out[queries.start * group * len..][..rows * len];
+                let out = &mut out[first * group * len..][..rows * len];
                 for (out, part) in out.chunks_exact_mut(len).zip(part.chunks_exact(len)) {
                     fold(out, part);
                 }
@@ -193,24 +196,19 @@ unsafe fn run<V: Lanes, const R: usize>(task: &Task, out: &mut [f32]) {
     }
 }
 
-/// The rows of some queries, each times 1 / sqrt(head_dim): for each head `R` rows at a time, those as `[head_dim, rows]`.
-fn packed_q<const R: usize>(task: &Task, queries: &Range<usize>) -> Vec<f32> {
+/// Adds the rows of some queries to `packed`, each times 1 / sqrt(head_dim): for each head `R` rows at a time, those as
+/// `[head_dim, rows]`.
+fn pack_q<const R: usize>(task: &Task, queries: Range<usize>, packed: &mut Vec<f32>) {
     let shape = task.layer.shape();
     let (dim, group) = (shape.head_dim, shape.group());
-    let rows = queries.len() * group;
     let scale = 1.0 / (dim as f32).sqrt();
-    let mut packed = vec![0.0; task.heads.len() * rows * dim];
-    for (head, packed) in task.heads.clone().zip(packed.chunks_exact_mut(rows * dim)) {
-        for row in 0..rows {
-            let q = (queries.start + row / group) * shape.heads + head * group + row % group;
-            let first = row / R * R;
-            let target = packed[first * dim..].iter_mut().skip(row - first).step_by(R.min(rows - first));
-            for (packed, q) in target.zip(&task.q[q * dim..][..dim]) {
-                *packed = q * scale;
-            }
+    for head in task.heads.clone() {
+        let rows = queries.clone().flat_map(|query| (0..group).map(move |g| query * shape.heads + head * group + g));
+        let rows: Vec<&[f32]> = rows.map(|row| &task.q[row * dim..][..dim]).collect();
+        for rows in rows.chunks(R) {
+            packed.extend((0..dim).flat_map(|d| rows.iter().map(move |row| row[d] * scale)));
         }
     }
-    packed
 }
 
 /// Writes scores to `out`, `[kv_heads, rows, STRIDE]`: for all tokens of every block of which a row sees something.
@@ -221,11 +219,9 @@ fn packed_q<const R: usize>(task: &Task, queries: &Range<usize>) -> Vec<f32> {
 unsafe fn scores<V: Lanes, const R: usize>(piece: &Piece, q: &[f32], out: &mut [f32]) {
     let layer = piece.task.layer;
     let (rows, dim) = (piece.seen.len(), layer.shape().head_dim);
-    let values = layer.values(piece.block(piece.blocks(0..rows).start), piece.task.heads.start);
-    for Step { index, block, head, next } in piece.walk() {
+    for (index, block, head) in piece.walk() {
         let keys = layer.keys(block, head);
         let place = head - piece.task.heads.start;
-        let next = next.map_or(values, |(block, head)| layer.keys(block, head));
         for first in (0..rows).step_by(R) {
             let count = R.min(rows - first);
             if !piece.blocks(first..first + count).contains(&index) {
@@ -234,33 +230,27 @@ unsafe fn scores<V: Lanes, const R: usize>(piece: &Piece, q: &[f32], out: &mut [
             let q = &q[(place * rows + first) * dim..][..count * dim];
             let out = &mut out[(place * rows + first) * STRIDE + index * BLOCK_TOKENS..];
             assert!(out.len() >= (count - 1) * STRIDE + BLOCK_TOKENS && keys.len() >= dim * BLOCK_TOKENS, "shapes fit");
-            let (q, keys, out, next) = (q.as_ptr(), keys.as_ptr(), out.as_mut_ptr(), next.as_ptr());
+            let (q, keys, out) = (q.as_ptr(), keys.as_ptr(), out.as_mut_ptr());
             // SAFETY: by this function's contract; the slices hold what `count` rows take.
-            unsafe { by_rows!(count, score_block::<V, _>(q, keys, dim, out, next)) };
+            unsafe { by_rows!(count, score_block::<V, _>(q, keys, dim, out)) };
         }
     }
 }
 
 /// Scores of `R` rows for the keys of a block: `q` `[dim, R]`, `keys` `[dim, BLOCK_TOKENS]`, `out` `[R, BLOCK_TOKENS]` in rows of
-/// [`STRIDE`]. Each is one chain of fused multiply-adds over ascending elements, from zero. Fetches as much from `next`.
+/// [`STRIDE`]. Each is one chain of fused multiply-adds over ascending elements, from zero.
 ///
-/// SAFETY: the machine has the instruction set of `V`; the pointers but `next` lead to that many f32.
+/// SAFETY: the machine has the instruction set of `V`; the pointers lead to that many f32.
 #[expect(clippy::inline_always, reason = "compiled once per instruction set, inside the caller that enables it")]
 #[inline(always)]
-unsafe fn score_block<V: Lanes, const R: usize>(
-    q: *const f32,
-    keys: *const f32,
-    dim: usize,
-    out: *mut f32,
-    next: *const f32,
-) {
+unsafe fn score_block<V: Lanes, const R: usize>(q: *const f32, keys: *const f32, dim: usize, out: *mut f32) {
     for first in (0..BLOCK_TOKENS).step_by(2 * V::COUNT) {
         // SAFETY: by this function's contract; BLOCK_TOKENS is a multiple of two vectors.
         unsafe {
             let mut sums = [[V::splat(&0.0); 2]; R];
             for d in 0..dim {
                 let at = d * BLOCK_TOKENS + first;
-                fetch::<V, 2>(next.wrapping_add(at));
+                fetch::<V, 2>(keys.wrapping_add(at));
                 let keys = [V::load(keys.add(at)), V::load(keys.add(at + V::COUNT))];
                 for (r, sums) in sums.iter_mut().enumerate() {
                     let q = V::splat(q.add(d * R + r));
@@ -275,19 +265,19 @@ unsafe fn score_block<V: Lanes, const R: usize>(
     }
 }
 
-/// Asks for the cache lines that `N` vectors at `at` begin in; it need not be valid.
+/// Asks for the cache lines that come [`AHEAD`] of those in which `N` vectors at `at` begin.
 ///
 /// SAFETY: the machine has the instruction set of `V`.
 #[expect(clippy::inline_always, reason = "compiled once per instruction set, inside the caller that enables it")]
 #[inline(always)]
 unsafe fn fetch<V: Lanes, const N: usize>(at: *const f32) {
     for line in (0..N * V::COUNT).step_by(LINE / size_of::<f32>()) {
-        // SAFETY: by this function's contract.
-        unsafe { V::fetch(at.wrapping_add(line).cast()) };
+        // SAFETY: by this function's contract; what is fetched need not be valid.
+        unsafe { V::fetch(at.wrapping_add(AHEAD + line).cast()) };
     }
 }
 
-/// Replaces the scores that are seen by e^(score - largest) and what else is in their groups of [`SOFTMAX_LANES`] by 0; gives the
+/// Replaces the scores that are seen by e^(score - largest) and what else is in their groups of [`LANES`] by 0; gives the
 /// largest and the sum. Lane `i` of a group is summed with lane `i` of the others in ascending order; then the lanes are, by
 /// halves.
 #[expect(clippy::inline_always, reason = "compiled once per instruction set, inside the caller that enables it")]
@@ -296,33 +286,26 @@ fn soften(scores: &mut [f32], seen: &Range<usize>, max_and_sum: &mut [f32]) {
     if seen.is_empty() {
         return;
     }
-    let all = seen.start / SOFTMAX_LANES * SOFTMAX_LANES..seen.end.next_multiple_of(SOFTMAX_LANES);
+    let all = seen.start / LANES * LANES..seen.end.next_multiple_of(LANES);
     scores[all.start..seen.start].fill(f32::NEG_INFINITY);
     scores[seen.end..all.end].fill(f32::NEG_INFINITY);
-    let groups = scores[all].as_chunks_mut::<SOFTMAX_LANES>().0;
+    let groups = scores[all].as_chunks_mut::<LANES>().0;
     let larger = |a: f32, b: f32| if b > a { b } else { a };
-    let mut max = [f32::NEG_INFINITY; SOFTMAX_LANES];
+    let mut max = [f32::NEG_INFINITY; LANES];
     for scores in &*groups {
         for (max, score) in max.iter_mut().zip(scores) {
             *max = larger(*max, *score);
         }
     }
     let max = max.into_iter().fold(f32::NEG_INFINITY, larger);
-    let mut sums = [0.0_f32; SOFTMAX_LANES];
+    let mut sums = [0.0_f32; LANES];
     for scores in groups {
         for (sum, score) in sums.iter_mut().zip(scores) {
             *score = exp(*score - max);
             *sum += *score;
         }
     }
-    let mut width = SOFTMAX_LANES;
-    while width > 1 {
-        width /= 2;
-        for i in 0..width {
-            sums[i] += sums[i + width];
-        }
-    }
-    max_and_sum.copy_from_slice(&[max, sums[0]]);
+    max_and_sum.copy_from_slice(&[max, add_up(sums)]);
 }
 
 /// Adds values times their weights, `[kv_heads, rows, STRIDE]`, to `out`, `[kv_heads, rows, record_len]`. Each is one chain of fused
@@ -334,10 +317,9 @@ fn soften(scores: &mut [f32], seen: &Range<usize>, max_and_sum: &mut [f32]) {
 unsafe fn draw<V: Lanes, const R: usize>(piece: &Piece, weights: &[f32], out: &mut [f32]) {
     let layer = piece.task.layer;
     let (rows, dim, len) = (piece.seen.len(), layer.shape().padded_dim(), record_len(layer.shape()));
-    for Step { index, block, head, next } in piece.walk() {
+    for (index, block, head) in piece.walk() {
         let values = layer.values(block, head);
         let place = head - piece.task.heads.start;
-        let next = next.map_or(values, |(block, head)| layer.values(block, head));
         let base = index * BLOCK_TOKENS;
         let in_block = |row: usize| {
             let clip = |position: usize| position.saturating_sub(base).min(BLOCK_TOKENS);
@@ -353,15 +335,17 @@ unsafe fn draw<V: Lanes, const R: usize>(piece: &Piece, weights: &[f32], out: &m
                 assert!(weights.len() >= (count - 1) * STRIDE + seen.len(), "shapes fit");
                 let out = &mut out[(place * rows + first) * len..][..count * len];
                 for d in (0..dim).step_by(2 * V::COUNT) {
-                    let next = next[seen.start * dim + d..].as_ptr();
-                    let values = values[seen.start * dim + d..][..(seen.len() - 1) * dim + V::COUNT].as_ptr();
+                    let panel = d / VALUE_PANEL * VALUE_PANEL;
+                    let width = VALUE_PANEL.min(dim - panel);
+                    let start = panel * BLOCK_TOKENS + seen.start * width + d - panel;
+                    let values = values[start..][..(seen.len() - 1) * width + V::COUNT].as_ptr();
                     let (weights, out) = (weights.as_ptr(), out[d..].as_mut_ptr());
                     // SAFETY: by this function's contract; the slices hold what `count` rows take.
                     unsafe {
                         if dim - d == V::COUNT {
-                            by_rows!(count, draw_block::<V, _, 1>(weights, values, seen.len(), dim, out, next));
+                            by_rows!(count, draw_block::<V, _, 1>(weights, values, seen.len(), width, out, len));
                         } else {
-                            by_rows!(count, draw_block::<V, _, 2>(weights, values, seen.len(), dim, out, next));
+                            by_rows!(count, draw_block::<V, _, 2>(weights, values, seen.len(), width, out, len));
                         }
                     }
                 }
@@ -371,27 +355,27 @@ unsafe fn draw<V: Lanes, const R: usize>(piece: &Piece, weights: &[f32], out: &m
     }
 }
 
-/// Adds `tokens` values, `N` vectors each in rows of `dim`, times the weights of `R` rows, `[R, tokens]` in rows of [`STRIDE`],
-/// to `out`, `R` rows of `N` vectors in rows of `dim + 2`. Fetches as many values from `next`.
+/// Adds `tokens` values, `N` vectors each in rows of `width`, times the weights of `R` rows, `[R, tokens]` in rows of [`STRIDE`],
+/// to `out`, `R` rows of `N` vectors in rows of `len`.
 ///
-/// SAFETY: the machine has the instruction set of `V`; the pointers but `next` lead to that many f32.
+/// SAFETY: the machine has the instruction set of `V`; the pointers lead to that many f32.
 #[expect(clippy::inline_always, reason = "compiled once per instruction set, inside the caller that enables it")]
 #[inline(always)]
 unsafe fn draw_block<V: Lanes, const R: usize, const N: usize>(
     weights: *const f32,
     values: *const f32,
     tokens: usize,
-    dim: usize,
+    width: usize,
     out: *mut f32,
-    next: *const f32,
+    len: usize,
 ) {
     // SAFETY: by this function's contract.
     unsafe {
-        let place = |r: usize, n: usize| out.add(r * (dim + 2) + n * V::COUNT);
+        let place = |r: usize, n: usize| out.add(r * len + n * V::COUNT);
         let mut sums = std::array::from_fn::<_, R, _>(|r| std::array::from_fn::<_, N, _>(|n| V::load(place(r, n))));
         for t in 0..tokens {
-            fetch::<V, N>(next.wrapping_add(t * dim));
-            let values = std::array::from_fn::<_, N, _>(|n| V::load(values.add(t * dim + n * V::COUNT)));
+            fetch::<V, N>(values.wrapping_add(t * width));
+            let values = std::array::from_fn::<_, N, _>(|n| V::load(values.add(t * width + n * V::COUNT)));
             for (r, sums) in sums.iter_mut().enumerate() {
                 let weight = V::splat(weights.add(r * STRIDE + t));
                 for (sum, value) in sums.iter_mut().zip(values) {

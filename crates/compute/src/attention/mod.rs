@@ -10,10 +10,12 @@ mod kernel;
 #[cfg(test)]
 mod tests;
 
+use std::cell::RefCell;
 use std::ops::Range;
 
 use crate::Pool;
 use crate::disjoint::Disjoint;
+use crate::norm::LANES;
 use crate::wide::wide;
 use kernel::{Task, fold, record_len};
 
@@ -24,9 +26,6 @@ pub const BLOCK_TOKENS: usize = 32;
 
 /// Tokens that share one softmax; a multiple of [`BLOCK_TOKENS`].
 const CHUNK_TOKENS: usize = 256;
-
-/// Sums of weights that a softmax keeps. Vectors of values are padded to a multiple of it.
-const SOFTMAX_LANES: usize = 16;
 
 /// The heads of an attention layer.
 #[derive(Clone, Copy, Debug)]
@@ -54,7 +53,7 @@ impl AttentionShape {
 
     /// Elements of a value, with the zeros that fill its last vector.
     fn padded_dim(&self) -> usize {
-        self.head_dim.next_multiple_of(SOFTMAX_LANES)
+        self.head_dim.next_multiple_of(LANES)
     }
 
     /// Multiply-adds that `queries` take.
@@ -81,12 +80,20 @@ pub struct Queries<'a> {
     pub len: usize,
 }
 
-/// Attends each of `queries`, whose vectors are `q`, `[queries, heads, head_dim]`; returns the same shape. Keys and values
-/// of every position up to each query's own must have been stored.
-pub fn attend(layer: &KvLayer, q: &[f32], queries: &[Queries], pool: &Pool) -> Vec<f32> {
+/// Attends each of `queries`, whose vectors are `q`, `[queries, heads, head_dim]`; writes the same shape to `out`. Keys and
+/// values of every position up to each query's own must have been stored.
+pub fn attend(layer: &KvLayer, q: &[f32], queries: &[Queries], out: &mut [f32], pool: &Pool) {
+    thread_local! {
+        /// Kept, for what a thread frees the system takes back at a cost.
+        static RECORDS: RefCell<Vec<f32>> = RefCell::default();
+    }
+    RECORDS.with_borrow_mut(|records| attend_in(layer, q, queries, records, out, pool));
+}
+
+/// Attends with `records` to keep the tasks' results in.
+fn attend_in(layer: &KvLayer, q: &[f32], queries: &[Queries], records: &mut Vec<f32>, out: &mut [f32], pool: &Pool) {
     let shape = layer.shape();
     let width = shape.heads * shape.head_dim;
-    let mut out = vec![0.0; q.len()]; // [queries, heads, head_dim]
     let tiles = tiles(shape, queries, pool.threads());
     let tasks: Vec<Task> = tiles.iter().flat_map(|tile| tile.tasks(layer, q)).collect();
     let mut starts = vec![0]; // of the tasks' results among all
@@ -95,9 +102,9 @@ pub fn attend(layer: &KvLayer, q: &[f32], queries: &[Queries], pool: &Pool) -> V
         Some(*end)
     }));
 
-    let mut records = vec![0.0; starts[tasks.len()]];
+    records.resize(starts[tasks.len()], 0.0);
     let work = queries.iter().map(|queries| shape.work(queries)).sum();
-    let targets = Disjoint::new(&mut records);
+    let targets = Disjoint::new(records);
     pool.for_each(tasks.len(), work, |index| {
         // SAFETY: every index is handed out once, and its part of the records is its own.
         let out = unsafe { targets.slice(starts[index], starts[index + 1] - starts[index]) };
@@ -112,11 +119,10 @@ pub fn attend(layer: &KvLayer, q: &[f32], queries: &[Queries], pool: &Pool) -> V
         places.extend((0..tile.queries.len).map(|query| (tile, records, query)));
         first_task += tasks;
     }
-    pool.for_each_row(&mut out, width, records.len(), |index, out| {
+    pool.for_each_row(out, width, records.len(), |index, out| {
         let (tile, records, query) = places[index];
         finish(shape, tile, records, query, out);
     });
-    out
 }
 
 /// Consecutive queries of a sequence that are computed together.

@@ -134,7 +134,8 @@ proptest! {
         ];
         for isa in Isa::available() {
             for (threads, queries) in [(1, &whole[..]), (2, &pieces), (3, &whole), (9, &whole)] {
-                let got = attend(&layer, q, queries, &Pool::with_isa(threads, isa).unwrap());
+                let mut got = vec![f32::NAN; q.len()];
+                attend(&layer, q, queries, &mut got, &Pool::with_isa(threads, isa).unwrap());
                 prop_assert_eq!(bits(&got), bits(&expected));
             }
         }
@@ -146,7 +147,8 @@ proptest! {
         let sequence = sequence(&shape, len, seed, None);
         let (layer, blocks) = stored(&shape, &sequence);
         let q = &sequence.q[(len - 1) * 32..];
-        let got = attend(&layer, q, &[Queries { blocks: &blocks, start: len - 1, len: 1 }], &Pool::new(1).unwrap());
+        let mut got = vec![f32::NAN; q.len()];
+        attend(&layer, q, &[Queries { blocks: &blocks, start: len - 1, len: 1 }], &mut got, &Pool::new(1).unwrap());
         for (head, (q, got)) in q.chunks(8).zip(got.chunks(8)).enumerate() {
             let of_head = |row: &[f32]| -> Vec<f64> { row[head / 2 * 8..][..8].iter().map(|x| f64::from(*x)).collect() };
             let mut sum = 0.0;
