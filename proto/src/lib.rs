@@ -19,6 +19,7 @@ pub mod expert;
 pub mod inference;
 pub mod load;
 pub mod server;
+mod socket;
 mod status;
 mod tensor;
 

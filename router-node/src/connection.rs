@@ -117,13 +117,13 @@ async fn drive(
                 None if waiting.is_empty() => return None,
                 None => break "the node closed it".to_owned(),
             },
-            next = calls.recv() => match next {
-                Some(next) => call = Some(next),
-                None => {
+            next = calls.recv() => {
+                call = next;
+                if call.is_none() {
                     stream.close().await;
                     return None;
                 }
-            },
+            }
         }
     };
     for (_, answer) in waiting.drain() {
