@@ -17,7 +17,6 @@ use futures::TryStreamExt as _;
 use futures::future::try_join_all;
 use futures::stream::FuturesUnordered;
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
-use sirocco_compute::keep_freed_buffers;
 use sirocco_proto::Rows;
 use sirocco_proto::expert::{
     Description, DispatchRequest, ExpertOutputs, ExpertRows, ExpertServer, Node, Refusal, RefusalReason, Stream,
@@ -71,7 +70,6 @@ fn main() -> Result<()> {
     if let Some(core) = args.next() {
         run_on([core.parse()?])?;
     }
-    keep_freed_buffers();
     runtime.block_on(serve(kind))
 }
 
@@ -224,7 +222,7 @@ impl Client {
                     id: 1,
                     fingerprint: Fingerprint([7; 32]),
                     layer: LayerId(3),
-                    deadline: Some(Duration::from_secs(60)),
+                    deadline: Some(Duration::from_mins(1)),
                     hidden_states: rows.clone(),
                     experts: vec![ExpertRows { expert: ExpertId(0), rows: (0..rows.len() as u32).collect() }],
                 })?;
@@ -266,7 +264,6 @@ impl Setup {
 }
 
 async fn measure() -> Result<()> {
-    keep_freed_buffers();
     let allowed = sched_getaffinity(None)?;
     let cores: Vec<usize> = (0..CpuSet::MAX_CPU).filter(|core| allowed.is_set(*core)).collect();
     let own = cores.get(1).copied();

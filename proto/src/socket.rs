@@ -2,8 +2,8 @@
 //!
 //! Waking a thread costs tens of microseconds, as much as a small message takes to cross the network, so that it does not pay to
 //! sleep for less. A socket stays awake while a frame of HTTP/2 is arriving, whose rest is on its way, and between frames when it
-//! did not wait long for the last one, as in a hop without much to compute. It gives its core to whoever wants it meanwhile,
-//! and sleeps as any socket does once nothing came for [`PATIENCE`]. One that is idle never wakes up by itself.
+//! did not wait long for the last one, as in a hop without much to compute. It sleeps as any socket does once nothing came for
+//! [`PATIENCE`] or somebody else wanted its core. One that is idle never wakes up by itself.
 
 use std::io::{self, IoSlice};
 use std::pin::{Pin, pin};
@@ -15,7 +15,10 @@ use tokio::net::TcpStream;
 use tonic::transport::server::{Connected, TcpConnectInfo};
 
 /// How long a socket stays awake at most.
-const PATIENCE: Duration = Duration::from_micros(100);
+const PATIENCE: Duration = Duration::from_micros(200);
+
+/// Longer than offering the core to others takes when nobody wants it.
+const WANTED: Duration = Duration::from_micros(5);
 
 /// What a client says first.
 const PREFACE_BYTES: usize = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".len();
@@ -71,9 +74,14 @@ impl AsyncRead for Socket {
         }
         let quiet = self.quiet.get_or_insert_with(Instant::now).elapsed();
         if quiet < PATIENCE && (within || self.pause < PATIENCE) {
+            let offered = Instant::now();
             std::thread::yield_now();
-            // Has the runtime look at its sockets and come back, whatever is said now.
-            let _ = pin!(tokio::task::yield_now()).poll(cx);
+            if offered.elapsed() > WANTED {
+                self.pause = Duration::MAX;
+            } else {
+                // Has the runtime look at its sockets and come back, whatever is said now.
+                let _ = pin!(tokio::task::yield_now()).poll(cx);
+            }
         }
         result
     }

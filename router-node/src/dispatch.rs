@@ -212,16 +212,13 @@ fn place(
     }
     let mut next = 0;
     let mut missing = Vec::new();
-    let mut row = Vec::with_capacity(hidden_size);
     for (part, (_, result)) in parts.into_iter().zip(outputs.experts) {
         if let Err(refusal) = result {
             missing.push(part.refused(refusal)?);
             continue;
         }
         for &slot in &part.slots {
-            row.clear();
-            outputs.rows.append_row(next, &mut row);
-            rows[slot * hidden_size..][..hidden_size].copy_from_slice(&row);
+            outputs.rows.copy_row(next, &mut rows[slot * hidden_size..][..hidden_size]);
             next += 1;
         }
     }
