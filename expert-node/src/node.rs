@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
-use sirocco_compute::{Pool, cpu_description, cuda_devices, keep_freed_buffers};
+use sirocco_compute::{Pool, cpu_description, cuda_devices};
 use sirocco_model::{Checkpoint, CheckpointError};
 use sirocco_process::http::{self, Health};
 use sirocco_process::metrics::Page;
@@ -89,7 +89,6 @@ pub async fn start(
     store: Arc<dyn Store>,
     shutdown: CancellationToken,
 ) -> Result<Running, StartError> {
-    keep_freed_buffers();
     let started = Instant::now();
     let id = NodeId::new(&args.id)?;
     let keys = Keys::new(&args.cluster)?;

@@ -1,8 +1,13 @@
 //! What a hop costs: round trips of a Dispatch stream between processes, over those of the same bytes on bare TCP.
 //!
-//! Prints a line of JSON for each figure, `{"name", "measured", "floor", "unit"}`, both p50 in microseconds. The floor is tokio's
-//! TCP with one thread on each side, written in chunks, without checksums; bursts of both alternate. The node answers with
-//! the rows it was sent. It never computes: what a compute thread adds is measured by itself.
+//! Prints a line of JSON for each figure, `{"name", "measured", "floor", "unit"}`, both p50 in microseconds, from rows that are
+//! ready to rows that have come back. The floor is tokio's TCP with one thread on each side, written in chunks, without
+//! checksums; bursts of both alternate. The node answers with the rows it was sent and never computes; what another thread
+//! between its streams and its answers adds is measured by itself.
+//!
+//! Of two processes each has a core of its own, as they would on two machines; otherwise the system may choose to run both
+//! on one, where waking each other costs next to nothing, for one kind and not for the other. Where a node is one of eight,
+//! all of them share all cores.
 
 use std::io::Write as _;
 use std::process::{Child, Command, Stdio};
@@ -11,8 +16,7 @@ use std::time::{Duration, Instant};
 use futures::TryStreamExt as _;
 use futures::future::try_join_all;
 use futures::stream::FuturesUnordered;
-use rustix::thread::{CpuSet, sched_setaffinity};
-use sirocco_compute::keep_freed_buffers;
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use sirocco_proto::Rows;
 use sirocco_proto::expert::{
     Description, DispatchRequest, ExpertOutputs, ExpertRows, ExpertServer, Node, Refusal, RefusalReason, Stream,
@@ -42,6 +46,7 @@ const FAN_OUT: (usize, usize) = (8, 512 << 10);
 /// Bursts of each kind, after one that warms up.
 const BURSTS: usize = 12;
 
+/// What is measured, in the order of [`Kind::ALL`].
 #[derive(Clone, Copy, PartialEq)]
 enum Kind {
     /// Bare TCP.
@@ -53,33 +58,26 @@ enum Kind {
 }
 
 impl Kind {
+    /// With the names by which servers are started.
     const ALL: [(&'static str, Self); 3] = [("floor", Self::Floor), ("hop", Self::Hop), ("handed", Self::Handed)];
 }
 
 fn main() -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let asked = std::env::args().nth(1);
-    let role = asked.is_some();
-    if std::env::var("HOP_FREE").is_err() {
-        stay_on_core(role)?;
+    let mut args = std::env::args().skip(1);
+    let Some(name) = args.next() else { return runtime.block_on(measure()) };
+    let (_, kind) = Kind::ALL.into_iter().find(|(known, _)| *known == name).ok_or("no such kind of server")?;
+    if let Some(core) = args.next() {
+        run_on([core.parse()?])?;
     }
-    if std::env::var("HOP_MALLOC").is_err() {
-        keep_freed_buffers();
-    }
-    match asked.and_then(|name| Kind::ALL.into_iter().find(|(known, _)| *known == name)) {
-        Some((_, kind)) => runtime.block_on(serve(kind)),
-        None => runtime.block_on(measure()),
-    }
+    runtime.block_on(serve(kind))
 }
 
-/// Keeps client and servers on different cores, as different machines would.
-fn stay_on_core(serves: bool) -> Result<()> {
-    let cores = std::env::var("HOP_CORES").unwrap_or("0,1".into());
-    let cores: Vec<usize> = cores.split(',').map(|c| c.parse().unwrap()).collect();
-    let mut own = CpuSet::new();
-    own.set(cores[usize::from(serves)]);
-    sched_setaffinity(None, &own)?;
-    Ok(())
+/// Keeps this process on `cores`.
+fn run_on(cores: impl IntoIterator<Item = usize>) -> Result<()> {
+    let mut set = CpuSet::new();
+    cores.into_iter().for_each(|core| set.set(core));
+    Ok(sched_setaffinity(None, &set)?)
 }
 
 /// Serves until killed; says where on standard output.
@@ -94,7 +92,7 @@ async fn serve(kind: Kind) -> Result<()> {
         Kind::Handed => Echo { elsewhere: Some(compute_thread()) },
     };
     let services = Services::default().with(ExpertServer::new(node, leave.clone()));
-    Ok(services.serve(listener, leave, Duration::ZERO).await?)
+    Ok(services.serve_apart("streams", listener, leave, Duration::ZERO).await?)
 }
 
 type Job = (DispatchRequest, oneshot::Sender<DispatchRequest>);
@@ -175,8 +173,10 @@ struct Server {
 }
 
 impl Server {
-    async fn start(kind: &str) -> Result<Self> {
-        let mut process = Command::new(std::env::current_exe()?).arg(kind).stdout(Stdio::piped()).spawn()?;
+    async fn start(kind: &str, core: Option<usize>) -> Result<Self> {
+        let mut command = Command::new(std::env::current_exe()?);
+        command.arg(kind).args(core.map(|core| core.to_string())).stdout(Stdio::piped());
+        let mut process = command.spawn()?;
         let output = process.stdout.take().ok_or("no standard output")?;
         let output = tokio::process::ChildStdout::from_std(output)?;
         let address = BufReader::new(output).lines().next_line().await?.ok_or("the server ended")?;
@@ -222,7 +222,7 @@ impl Client {
                     id: 1,
                     fingerprint: Fingerprint([7; 32]),
                     layer: LayerId(3),
-                    deadline: Some(Duration::from_secs(60)),
+                    deadline: Some(Duration::from_mins(1)),
                     hidden_states: rows.clone(),
                     experts: vec![ExpertRows { expert: ExpertId(0), rows: (0..rows.len() as u32).collect() }],
                 })?;
@@ -241,9 +241,9 @@ struct Setup {
 }
 
 impl Setup {
-    async fn start(kind: usize, count: usize) -> Result<Self> {
-        let (name, kind) = Kind::ALL[kind];
-        let servers = try_join_all((0..count).map(|_| Server::start(name))).await?;
+    async fn start(kind: Kind, count: usize, core: Option<usize>) -> Result<Self> {
+        let (name, _) = Kind::ALL[kind as usize];
+        let servers = try_join_all((0..count).map(|_| Server::start(name, core))).await?;
         let clients = try_join_all(servers.iter().map(|server| Client::connect(kind, &server.address))).await?;
         Ok(Self { clients, _servers: servers })
     }
@@ -264,19 +264,21 @@ impl Setup {
 }
 
 async fn measure() -> Result<()> {
-    let mut setups = [Setup::start(0, 1).await?, Setup::start(1, 1).await?, Setup::start(2, 1).await?];
-    let only = std::env::var("HOP_ONLY").ok().map(|o| o.parse::<usize>().unwrap());
-    for (index, (size, bytes, count)) in SIZES.into_iter().enumerate() {
-        if only.is_some_and(|only| only != index) {
-            continue;
-        }
-        let count = if only.is_some() { count * 10 } else { count };
+    let allowed = sched_getaffinity(None)?;
+    let cores: Vec<usize> = (0..CpuSet::MAX_CPU).filter(|core| allowed.is_set(*core)).collect();
+    let own = cores.get(1).copied();
+    let start = |kind| Setup::start(kind, 1, own);
+    let mut setups = [start(Kind::Floor).await?, start(Kind::Hop).await?, start(Kind::Handed).await?];
+    run_on(cores.first().copied())?;
+    for (size, bytes, count) in SIZES {
         let [floor, hop, handed] = alternate(&mut setups, bytes, count).await?;
         report(&format!("hop {size}"), hop, floor);
         report(&format!("hop {size}, answered by another thread"), handed, floor);
     }
+    drop(setups);
+    run_on(cores)?;
     let (nodes, bytes) = FAN_OUT;
-    let mut setups = [Setup::start(0, nodes).await?, Setup::start(1, nodes).await?];
+    let mut setups = [Setup::start(Kind::Floor, nodes, None).await?, Setup::start(Kind::Hop, nodes, None).await?];
     let [floor, hop] = alternate(&mut setups, bytes / nodes, SIZES[2].2).await?;
     report(&format!("hop to {nodes} nodes, 512 KiB in all"), hop, floor);
     Ok(())

@@ -21,6 +21,7 @@ pub mod generation;
 pub mod inference;
 pub mod load;
 pub mod server;
+mod socket;
 mod status;
 mod tensor;
 

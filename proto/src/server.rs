@@ -2,17 +2,20 @@
 
 use std::time::Duration;
 
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
 use tokio::sync::{oneshot, watch};
-use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::TcpListenerStream;
+use tokio_stream::{Stream, StreamExt as _};
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 use tonic::transport::Server;
+use tonic::transport::server::Connected;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
 use crate::channel::{KEEPALIVE, MAX_FRAME_BYTES, WINDOW_BYTES};
+use crate::socket::Socket;
 
 /// The services of one server under construction.
 #[derive(Debug)]
@@ -86,7 +89,6 @@ impl Services {
         shutdown: CancellationToken,
         grace: Duration,
     ) -> Result<(), tonic::transport::Error> {
-        let (interval, timeout) = KEEPALIVE;
         let incoming = TcpListenerStream::new(listener).map(|stream| {
             if let Ok(stream) = &stream {
                 // A connection that refuses the option still works, only slower.
@@ -94,6 +96,19 @@ impl Services {
             }
             stream
         });
+        self.serve_incoming(incoming, shutdown, grace).await
+    }
+
+    async fn serve_incoming<I>(
+        self,
+        incoming: impl Stream<Item = std::io::Result<I>>,
+        shutdown: CancellationToken,
+        grace: Duration,
+    ) -> Result<(), tonic::transport::Error>
+    where
+        I: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
+    {
+        let (interval, timeout) = KEEPALIVE;
         let routes = with_reflection(self.routes, &self.names);
         let serving = Server::builder()
             .initial_stream_window_size(WINDOW_BYTES)
@@ -116,8 +131,9 @@ impl Services {
         }
     }
 
-    /// The same by one thread of its own called `name`, where a message changes hands between connection and service without
-    /// waking anyone. Stops serving when dropped, too.
+    /// The same for few connections that are waited on, by one thread of its own called `name`: a message changes hands between
+    /// connection and service without waking anyone, and the thread stays awake for what comes soon. Stops serving when dropped,
+    /// too.
     pub async fn serve_apart(
         self,
         name: &str,
@@ -132,8 +148,9 @@ impl Services {
         let (ended, end) = oneshot::channel();
         std::thread::Builder::new().name(name.to_owned()).spawn(move || {
             let result = runtime.block_on(async {
-                let listener = TcpListener::from_std(listener)?;
-                Ok(self.serve(listener, shutdown, grace).await?)
+                let incoming = TcpListenerStream::new(TcpListener::from_std(listener)?);
+                let incoming = incoming.map(|stream| stream.and_then(Socket::of_server));
+                Ok(self.serve_incoming(incoming, shutdown, grace).await?)
             });
             drop(runtime);
             // Nobody listens any more when the future was dropped.

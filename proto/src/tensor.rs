@@ -81,6 +81,15 @@ impl Rows {
         self.append_rows(row..row + 1, out);
     }
 
+    /// Copies row `row` to `out`, `[width]`. Panics when there is no such row.
+    pub fn copy_row(&self, row: usize, out: &mut [f32]) {
+        let row_bytes = self.width * size_of::<f32>();
+        let (values, _) = self.data[row * row_bytes..][..row_bytes].as_chunks::<4>();
+        for (out, value) in out.iter_mut().zip(values) {
+            *out = f32::from_le_bytes(*value);
+        }
+    }
+
     /// Copies `rows` to the end of `out`. Panics when there are no such rows.
     pub fn append_rows(&self, rows: Range<usize>, out: &mut Vec<f32>) {
         let row_bytes = self.width * size_of::<f32>();

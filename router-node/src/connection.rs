@@ -127,11 +127,11 @@ async fn drive(
                 None => break "the node closed it".to_owned(),
             },
             next = calls.recv() => {
-                if next.is_none() {
+                call = next;
+                if call.is_none() {
                     stream.close().await;
                     return None;
                 }
-                call = next;
             }
         }
     };

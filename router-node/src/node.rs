@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use sirocco_compute::{Pool, cpu_description, keep_freed_buffers};
+use sirocco_compute::{Pool, cpu_description};
 use sirocco_model::{ChatTemplate, Checkpoint, CheckpointError, Grammars, KvCache, Model, Tokenizer, TokenizerError};
 use sirocco_process::http::{self, Health, Serving};
 use sirocco_process::metrics::Page;
@@ -141,7 +141,6 @@ pub async fn start(
     store: Arc<dyn Store>,
     shutdown: CancellationToken,
 ) -> Result<Running, StartError> {
-    keep_freed_buffers();
     let started = Instant::now();
     let id = NodeId::new(&args.id)?;
     let keys = Keys::new(&args.cluster)?;

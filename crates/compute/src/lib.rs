@@ -6,8 +6,8 @@
 //! are our own or those of the crate `libm`, compiled into the program, never from the platform. The scalar code of [`PackedMatrix`] is the
 //! oracle that the vector code is tested against, bit for bit.
 //!
-//! This is the only crate with `unsafe`: vector intrinsics, threads that write disjoint columns of one output, the settings of
-//! the heap, and the CUDA driver. GPUs are found, not used yet: every kernel runs on the CPU.
+//! This is the only crate with `unsafe`: vector intrinsics, threads that write disjoint columns of one output, and the CUDA
+//! driver. GPUs are found, not used yet: every kernel runs on the CPU.
 
 mod attention;
 mod combine;
@@ -15,7 +15,6 @@ mod device;
 mod disjoint;
 mod exp;
 mod ffn;
-mod heap;
 mod isa;
 mod matmul;
 mod norm;
@@ -29,7 +28,6 @@ pub use combine::weighted_sum;
 pub use device::{cpu_description, cuda_devices};
 pub use exp::exp_relative;
 pub use ffn::{ExpertMatrix, ExpertPacker, ExpertWeights};
-pub use heap::keep_freed_buffers;
 pub use isa::Isa;
 pub use matmul::matmul;
 pub use norm::{Rotary, rms_norm, softmax};

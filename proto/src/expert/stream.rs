@@ -19,6 +19,7 @@ use tonic::{Code, Status};
 use super::message::Inbox;
 use super::{DISPATCH_PATH, DispatchRequest, DispatchResponse, Refusal, wire};
 use crate::channel::{CONNECT_TIMEOUT, KEEPALIVE, MAX_FRAME_BYTES, WINDOW_BYTES};
+use crate::socket::Socket;
 
 /// Why a stream cannot be used, or not any more.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -27,7 +28,7 @@ pub struct Broken(String);
 
 /// An open Dispatch stream.
 pub struct Stream {
-    connection: Connection<TcpStream, Bytes>,
+    connection: Connection<Socket, Bytes>,
     requests: SendStream<Bytes>,
     responses: Responses,
     inbox: Inbox,
@@ -73,8 +74,7 @@ impl Stream {
     async fn connect(authority: &str, waits: (Duration, Duration)) -> Result<Self, Broken> {
         let refused = |error: std::io::Error| Broken(format!("tcp connect error: {error}"));
         let broken = |error: h2::Error| Broken(error.to_string());
-        let socket = TcpStream::connect(authority).await.map_err(refused)?;
-        socket.set_nodelay(true).map_err(refused)?;
+        let socket = TcpStream::connect(authority).await.and_then(Socket::of_client).map_err(refused)?;
         let mut builder = h2::client::Builder::new();
         builder
             .initial_window_size(WINDOW_BYTES)

@@ -207,16 +207,13 @@ impl Collected {
         }
         let mut next = 0;
         let mut refused = Vec::new();
-        let mut row = Vec::with_capacity(self.width);
         for (part, (_, result)) in parts.into_iter().zip(outputs.experts) {
             match result {
                 Err(refusal) if last_word(refusal.reason) => return Err(ExpertsError::Internal(refusal.message)),
                 Err(refusal) => refused.push(part.refused(refusal)),
                 Ok(()) => {
                     for &slot in &part.slots {
-                        row.clear();
-                        outputs.rows.append_row(next, &mut row);
-                        self.rows[slot * self.width..][..self.width].copy_from_slice(&row);
+                        outputs.rows.copy_row(next, &mut self.rows[slot * self.width..][..self.width]);
                         next += 1;
                         self.missing -= usize::from(!std::mem::replace(&mut self.there[slot], true));
                     }
