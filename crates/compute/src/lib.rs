@@ -18,6 +18,7 @@ mod matmul;
 mod norm;
 mod packed;
 mod pool;
+mod quant;
 mod wide;
 
 pub use attention::{AttentionShape, BLOCK_TOKENS, KvBlocks, Query, attend, store_kv};
@@ -29,3 +30,4 @@ pub use matmul::matmul;
 pub use norm::{Rotary, rms_norm, softmax};
 pub use packed::{PackedMatrix, Packer, ShapeMismatch};
 pub use pool::Pool;
+pub use quant::{QuantExpert, QuantMatrix, QuantPacker, QuantWidth};
