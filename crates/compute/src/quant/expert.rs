@@ -3,7 +3,7 @@
 use super::GROUP;
 use super::kernel::{Block, Kernel, kernels};
 use super::matrix::{PANEL, QuantMatrix, QuantWidth};
-use super::rows::{QuantRows, quantise};
+use super::rows::{QuantRows, Shape, TILE, quantise};
 use super::shared::Shared;
 use crate::Pool;
 use crate::exp::exp;
@@ -44,10 +44,10 @@ impl QuantExpert {
         let x = quantise_rows(x, self.gate.inputs(), self.gate.width, pool);
         let gated = self.gated(kernel, &x, pool);
         let width = self.down.outputs();
-        let mut out = vec![0.0; x.rows * width]; // [rows, hidden]
+        let mut out = vec![0.0; x.shape.rows * width]; // [rows, hidden]
         let target = Shared::new(&mut out);
-        pool.for_each(self.down.panels(), x.rows * self.down.inputs() * width, |panel| {
-            each_block(kernel, &gated, [&self.down], panel, |row, [sums]| {
+        pool.for_each(self.down.panels(), x.shape.rows * self.down.inputs() * width, |panel| {
+            each_row(kernel, &gated, [&self.down], panel, |row, [sums]| {
                 let start = panel * PANEL;
                 let columns = PANEL.min(width - start);
                 // SAFETY: each panel is one task and writes only its own columns.
@@ -61,22 +61,15 @@ impl QuantExpert {
     fn gated(&self, kernel: Kernel, x: &QuantRows, pool: &Pool) -> QuantRows {
         let width = self.gate.outputs();
         let offset = self.down.width.offset();
-        let mut gated = QuantRows::zeros(x.rows, width);
-        let groups = gated.groups;
-        let (quants, scales, starts) =
-            (Shared::new(&mut gated.quants), Shared::new(&mut gated.scales), Shared::new(&mut gated.starts));
-        pool.for_each(self.gate.panels(), 2 * x.rows * self.gate.inputs() * width, |panel| {
-            each_block(kernel, x, [&self.gate, &self.up], panel, |row, [gate, up]| {
+        let mut gated = QuantRows::zeros(x.shape.rows, width);
+        let QuantRows { shape, data } = &mut gated;
+        let data = Shared::new(data);
+        pool.for_each(self.gate.panels(), 2 * shape.rows * self.gate.inputs() * width, |panel| {
+            each_row(kernel, x, [&self.gate, &self.up], panel, |row, [gate, up]| {
                 let columns = PANEL.min(width - panel * PANEL);
                 gate_with(gate, up);
-                let group = quantise(&gate[..columns], offset);
-                let at = row * groups + panel;
                 // SAFETY: each panel is one task and writes only its own group.
-                unsafe {
-                    quants.write(at * PANEL, &group.quants);
-                    scales.write(at, &[group.scale]);
-                    starts.write(at, &[group.start]);
-                }
+                unsafe { data.write(shape.index(row, panel), &[quantise(&gate[..columns], offset)]) };
             });
         });
         gated
@@ -84,20 +77,29 @@ impl QuantExpert {
 }
 
 /// Multiplies all rows of `x` with one panel of each of `matrices` and hands every row's sums to `done`.
-fn each_block<const N: usize>(
+fn each_row<const N: usize>(
     kernel: Kernel,
     x: &QuantRows,
     matrices: [&QuantMatrix; N],
     panel: usize,
     done: impl Fn(usize, [&mut [f32; PANEL]; N]),
 ) {
-    for first in (0..x.rows).step_by(ROWS) {
-        let rows = ROWS.min(x.rows - first);
+    let Shape { rows: all, groups } = x.shape;
+    assert!(matrices.iter().all(|matrix| matrix.groups() == groups), "shapes fit");
+    let panels = matrices.map(|matrix| matrix.panel(panel));
+    for first in (0..all).step_by(ROWS) {
+        let rows = ROWS.min(all - first);
         let mut sums: [Vec<[f32; PANEL]>; N] = std::array::from_fn(|_| vec![[0.0; PANEL]; rows]);
-        for start in (0..x.groups).step_by(GROUPS) {
-            for (matrix, sums) in matrices.iter().zip(&mut sums) {
-                let groups = start..x.groups.min(start + GROUPS);
-                kernel(Block::new(x, first, matrix, panel, groups), sums);
+        for start in (0..groups).step_by(GROUPS) {
+            let end = groups.min(start + GROUPS);
+            for tile in (0..rows).step_by(TILE) {
+                let tile_rows = TILE.min(rows - tile);
+                let x = &x.tile(first + tile)[start * tile_rows..end * tile_rows];
+                for ((matrix, (quants, scales)), sums) in matrices.iter().zip(panels).zip(&mut sums) {
+                    let (width, lines) = (matrix.width, matrix.width.lines());
+                    let quants = &quants[start * lines..end * lines];
+                    kernel(Block { x, width, quants, scales: &scales[start..end] }, &mut sums[tile..][..tile_rows]);
+                }
             }
         }
         for row in 0..rows {
@@ -108,25 +110,17 @@ fn each_block<const N: usize>(
 
 /// Quantises every row of `x`, `[rows, width]`, for weights of `weights`.
 fn quantise_rows(x: &[f32], width: usize, weights: QuantWidth, pool: &Pool) -> QuantRows {
-    let mut rows = QuantRows::zeros(x.len() / width, width);
-    assert_eq!(x.len(), rows.rows * width, "rows are whole");
-    let groups = rows.groups;
-    let count = rows.rows;
-    let (quants, scales, starts) =
-        (Shared::new(&mut rows.quants), Shared::new(&mut rows.scales), Shared::new(&mut rows.starts));
-    pool.for_each(count, x.len(), |row| {
+    assert!(x.len().is_multiple_of(width), "rows are whole");
+    let mut quantised = QuantRows::zeros(x.len() / width, width);
+    let QuantRows { shape, data } = &mut quantised;
+    let data = Shared::new(data);
+    pool.for_each(shape.rows, x.len(), |row| {
         for (index, values) in x[row * width..][..width].chunks(GROUP).enumerate() {
-            let group = quantise(values, weights.offset());
-            let at = row * groups + index;
             // SAFETY: each row is one task and writes only its own groups.
-            unsafe {
-                quants.write(at * GROUP, &group.quants);
-                scales.write(at, &[group.scale]);
-                starts.write(at, &[group.start]);
-            }
+            unsafe { data.write(shape.index(row, index), &[quantise(values, weights.offset())]) };
         }
     });
-    rows
+    quantised
 }
 
 wide! {

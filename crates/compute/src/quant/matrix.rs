@@ -211,12 +211,12 @@ fn group(width: QuantWidth, values: &[u8]) -> (u16, [u8; GROUP]) {
         *padded = f32::from_bits(u32::from(u16::from_le_bytes(value)) << 16);
     }
     let zero = width.offset() as u8;
-    if padded.iter().fold(false, |bad, value| bad | !value.is_finite()) {
+    // As integers, rotated so that the sign comes last, magnitudes are in order, and infinities and NaNs are the largest.
+    let largest = padded.iter().fold(0, |most: u32, value| most.max(value.to_bits().rotate_left(1)));
+    let largest = f32::from_bits(largest.rotate_right(1));
+    if !largest.is_finite() {
         return (0x7fc0, [zero; GROUP]);
     }
-    let most = padded.iter().fold(0.0_f32, |most, &value| most.max(value));
-    let least = padded.iter().fold(0.0_f32, |least, &value| least.min(value));
-    let largest = if most >= -least { most } else { least };
     let (wanted, lowest, highest) = match width {
         QuantWidth::Int8 => (largest.abs() / 127.0, -127.0, 127.0),
         QuantWidth::Int4 => (largest / -8.0, -8.0, 7.0),

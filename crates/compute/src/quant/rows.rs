@@ -3,40 +3,57 @@
 use super::GROUP;
 use crate::wide::wide;
 
+/// Rows of a tile: as many as a kernel takes at once.
+pub(super) const TILE: usize = 8;
+
 /// Rows of activations: each value is a quant times the scale of its group.
 #[derive(Debug)]
 pub(super) struct QuantRows {
+    pub(super) shape: Shape,
+    /// `[tiles, groups, rows of the tile]`
+    pub(super) data: Vec<Group>,
+}
+
+/// How many rows of how many groups, and where they lie: in tiles of [`TILE`] rows, the last as short as it is.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Shape {
     pub(super) rows: usize,
     /// Groups of a row; the last is padded with zeros.
     pub(super) groups: usize,
-    /// `[rows, groups, GROUP]`, within -127..=127.
-    pub(super) quants: Vec<i8>,
-    /// `[rows, groups]`
-    pub(super) scales: Vec<f32>,
-    /// `[rows, groups]`: what a sum over a group of stored, unsigned weights starts from, so that it ends as that of the
-    /// signed ones: minus `offset` times the sum of the group's quants.
-    pub(super) starts: Vec<i32>,
+}
+
+impl Shape {
+    /// Where a row's group lies.
+    pub(super) fn index(self, row: usize, group: usize) -> usize {
+        let first = row / TILE * TILE;
+        first * self.groups + group * TILE.min(self.rows - first) + row % TILE
+    }
 }
 
 /// One group of a row.
 #[derive(Clone, Copy, Debug)]
+#[repr(C)]
 pub(super) struct Group {
+    /// Within -127..=127.
     pub(super) quants: [i8; GROUP],
     pub(super) scale: f32,
+    /// What a sum over stored, unsigned weights starts from, so that it ends as that of the signed ones: minus their offset
+    /// times the sum of the quants.
     pub(super) start: i32,
 }
 
 impl QuantRows {
-    /// Rows of zeros, to be filled by [`QuantRows::writer`].
+    /// Rows of zeros.
     pub(super) fn zeros(rows: usize, width: usize) -> Self {
         let groups = width.div_ceil(GROUP);
-        Self {
-            rows,
-            groups,
-            quants: vec![0; rows * groups * GROUP],
-            scales: vec![0.0; rows * groups],
-            starts: vec![0; rows * groups],
-        }
+        let zero = Group { quants: [0; GROUP], scale: 0.0, start: 0 };
+        Self { shape: Shape { rows, groups }, data: vec![zero; rows * groups] }
+    }
+
+    /// The tile whose first row is `first`: `[groups, rows of the tile]`.
+    pub(super) fn tile(&self, first: usize) -> &[Group] {
+        let Shape { rows, groups } = self.shape;
+        &self.data[first * groups..][..TILE.min(rows - first) * groups]
     }
 }
 
