@@ -172,7 +172,7 @@ fn run_batch(mut jobs: Vec<Running>, held: &Held, metrics: &Metrics, pool: &Pool
 
 #[cfg(test)]
 mod tests {
-    use sirocco_compute::PackedMatrix;
+    use sirocco_compute::{ExpertMatrix, ExpertPacker};
     use sirocco_process::http::Health;
     use sirocco_process::metrics::Page;
     use sirocco_proto::expert::ExpertRows;
@@ -197,8 +197,9 @@ mod tests {
 
     #[tokio::test]
     async fn what_ran_is_counted_by_expert_and_what_was_refused_is_not() {
-        let matrix = || PackedMatrix::from_bf16(&[0; 2 * HIDDEN * HIDDEN], HIDDEN, HIDDEN).unwrap();
-        let weights = Arc::new(ExpertWeights { gate: matrix(), up: matrix(), down: matrix() });
+        let mut packer = ExpertPacker::new(HIDDEN, HIDDEN);
+        ExpertMatrix::ALL.into_iter().for_each(|matrix| packer.push_rows(matrix, &[0; 2 * HIDDEN * HIDDEN]));
+        let weights = Arc::new(packer.finish());
         let key = |expert| ExpertKey { layer: LayerId(1), expert: ExpertId(expert) };
         let held = Held::from([(key(0), Arc::clone(&weights)), (key(1), weights)]);
         let page = Page::new(&Health::new("expert-node", "e"));

@@ -12,11 +12,14 @@
 mod attention;
 mod combine;
 mod device;
+mod disjoint;
 mod exp;
 mod ffn;
+mod isa;
 mod matmul;
 mod norm;
 mod packed;
+mod pages;
 mod pool;
 mod quant;
 mod wide;
@@ -25,7 +28,8 @@ pub use attention::{AttentionShape, BLOCK_TOKENS, KvBlocks, Query, attend, store
 pub use combine::weighted_sum;
 pub use device::{cpu_description, cuda_devices};
 pub use exp::exp_relative;
-pub use ffn::ExpertWeights;
+pub use ffn::{ExpertMatrix, ExpertPacker, ExpertWeights};
+pub use isa::Isa;
 pub use matmul::matmul;
 pub use norm::{Rotary, rms_norm, softmax};
 pub use packed::{PackedMatrix, Packer, ShapeMismatch};

@@ -1,10 +1,41 @@
 //! Matrix multiplication: every output one ascending chain of fused multiply-adds, whatever the rows and threads.
+//!
+//! Up to as many rows as a kernel holds sums for are multiplied straight from bf16: one pass over the weights, at the speed of
+//! memory. More rows form several tiles. A block of a panel is then widened to f32 once, by the first tile, and used from the
+//! nearest cache by the others, while the next block is fetched; the sums wait in memory between blocks and go on where they
+//! were.
 
-use crate::packed::{PANEL, WORDS, weight};
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod kernels;
+mod lanes;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+mod portable;
+mod tiles;
+
+use std::cell::RefCell;
+
+use kernels::{Ahead, Kernels, kernels};
+
+pub(crate) use kernels::Row;
+pub(crate) use tiles::{Tiles, Tiling};
+
+use crate::disjoint::Disjoint;
+use crate::packed::{PANEL, Panels, WORDS};
 use crate::{PackedMatrix, Pool};
 
-/// Rows a vector kernel takes at once: as many as its registers hold sums for.
-const ROWS: usize = 6;
+/// Rows that are multiplied at once: their part of a block stays in the second cache.
+pub(crate) const ROWS: usize = 256;
+
+/// Inputs of a block: its f32 weights stay in the nearest cache. A multiple of a panel's outputs, which are the next matrix's
+/// inputs.
+pub(crate) const BLOCK: usize = 256;
+
+/// Panels of a task when there are several tiles: as many share what a block of inputs costs to fetch.
+const GROUP: usize = 4;
 
 /// Multiplies `x`, `[rows, inputs]`, with `w` and writes `[rows, outputs]` to `out`.
 ///
@@ -13,124 +44,88 @@ pub fn matmul(x: &[f32], w: &PackedMatrix, out: &mut [f32], pool: &Pool) {
     let (inputs, outputs) = (w.inputs(), w.outputs());
     let rows = x.len() / inputs;
     assert!(x.len() == rows * inputs && out.len() == rows * outputs, "shapes fit");
-    let kernel = kernel();
-    let out = Columns { data: out.as_mut_ptr(), rows, width: outputs };
-    pool.for_each(w.panels(), rows * inputs * outputs, |index| {
-        let panel = w.panel(index);
-        let mut sums = [[0.0; PANEL]; ROWS];
-        for (block, x) in x.chunks(ROWS * inputs).enumerate() {
-            let rows = x.len() / inputs;
-            kernel(x, panel, &mut sums[..rows]);
-            for (row, sums) in sums[..rows].iter().enumerate() {
-                let start = index * PANEL;
-                let columns = PANEL.min(outputs - start);
-                // SAFETY: each panel is one task and writes only its own columns.
-                unsafe { out.write(block * ROWS + row, start, &sums[..columns]) };
-            }
+    for (x, out) in x.chunks(ROWS * inputs).zip(out.chunks_mut(ROWS * outputs)) {
+        multiply_into(&Tiles::pack(x, inputs, pool), w.panels(), out, pool);
+    }
+}
+
+/// Multiplies `x` with `panels` and writes `[x.rows, outputs]` to `out`.
+pub(crate) fn multiply_into(x: &Tiles, panels: &Panels, out: &mut [f32], pool: &Pool) {
+    let outputs = out.len() / x.rows();
+    let out = Disjoint::new(out);
+    multiply(x, panels, 1, pool, |first_row, panel, sums| {
+        let start = panel * PANEL;
+        let columns = PANEL.min(outputs - start);
+        for (row, sums) in sums.iter().enumerate() {
+            // SAFETY: the sums of a row and panel come once.
+            unsafe { out.slice((first_row + row) * outputs + start, columns) }.copy_from_slice(&sums.0[..columns]);
         }
     });
 }
 
-/// An output matrix whose columns are written by different threads.
-struct Columns {
-    data: *mut f32,
-    rows: usize,
-    width: usize,
-}
-
-// SAFETY: the only access is `write`, whose callers promise disjoint ranges.
-unsafe impl Sync for Columns {}
-
-impl Columns {
-    /// Writes `values` into `row` from `column` on.
-    ///
-    /// SAFETY: no other thread may write the same elements, and the matrix must outlive the call.
-    unsafe fn write(&self, row: usize, column: usize, values: &[f32]) {
-        assert!(row < self.rows && column + values.len() <= self.width);
-        // SAFETY: within the matrix, as just checked; disjoint from other writes by this function's contract.
-        unsafe {
-            let target = self.data.add(row * self.width + column);
-            std::ptr::copy_nonoverlapping(values.as_ptr(), target, values.len());
-        }
+/// Multiplies `x` with `panels` and passes the sums on, `unit` panels at a time: `done(first row, first panel, sums)` with the
+/// sums of a tile of rows, `[unit, rows of the tile]`.
+pub(crate) fn multiply(
+    x: &Tiles,
+    panels: &Panels,
+    unit: usize,
+    pool: &Pool,
+    done: impl Fn(usize, usize, &[Row]) + Sync,
+) {
+    thread_local! {
+        /// `[tiles, panels of a task, rows of a tile]`
+        static SUMS: RefCell<Vec<Row>> = const { RefCell::new(Vec::new()) };
     }
-}
-
-/// Multiplies up to [`ROWS`] rows with one panel: `x` `[rows, inputs]`, panel `[inputs, WORDS]`, sums `[rows, PANEL]`.
-type Kernel = fn(&[f32], &[u32], &mut [[f32; PANEL]]);
-
-/// The fastest kernel this machine has.
-fn kernel() -> Kernel {
-    #[cfg(target_arch = "x86_64")]
-    if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-        return avx2::kernel;
-    }
-    scalar
-}
-
-/// The oracle: what every other kernel must equal, bit for bit.
-fn scalar(x: &[f32], panel: &[u32], sums: &mut [[f32; PANEL]]) {
-    let inputs = panel.len() / WORDS;
-    for (x, sums) in x.chunks_exact(inputs).zip(sums) {
-        *sums = [0.0; PANEL];
-        for (&x, words) in x.iter().zip(panel.chunks_exact(WORDS)) {
-            for (lane, sum) in sums.iter_mut().enumerate() {
-                *sum = x.mul_add(weight(words, lane), *sum);
+    let kernels = kernels(pool.isa());
+    let straight = x.count() == 1;
+    let group = if straight { kernels.side_by_side(x.rows()) } else { GROUP };
+    let group = (panels.count() / (4 * pool.threads())).min(group).next_multiple_of(unit).max(unit);
+    let work = x.rows() * panels.inputs() * panels.count() * PANEL;
+    pool.for_each(panels.count().div_ceil(group), work, |task| {
+        let first = task * group;
+        let count = group.min(panels.count() - first);
+        let words = panels.range(first, count);
+        SUMS.with_borrow_mut(|sums| {
+            sums.clear();
+            sums.resize(x.rows() * count, Row::ZERO);
+            if straight {
+                kernels.straight(x.all(), words, x.rows(), sums);
+            } else {
+                by_blocks(kernels, x, words, sums);
             }
-        }
-    }
+            let tiles = sums.chunks_mut(x.tile_rows() * count).enumerate();
+            for (tile, sums) in tiles {
+                let rows = sums.len() / count;
+                for (index, sums) in sums.chunks_exact(unit * rows).enumerate() {
+                    done(tile * x.tile_rows(), first + index * unit, sums);
+                }
+            }
+        });
+    });
 }
 
-#[cfg(target_arch = "x86_64")]
-mod avx2 {
-    use std::arch::x86_64::{
-        __m256i, _mm256_and_si256, _mm256_broadcast_ss, _mm256_castsi256_ps, _mm256_fmadd_ps, _mm256_loadu_si256,
-        _mm256_set1_epi32, _mm256_setzero_ps, _mm256_slli_epi32, _mm256_storeu_ps,
-    };
-
-    use super::{PANEL, ROWS, WORDS};
-
-    /// Multiplies up to [`ROWS`] rows with one panel.
-    pub(super) fn kernel(x: &[f32], panel: &[u32], sums: &mut [[f32; PANEL]]) {
-        let inputs = panel.len() / WORDS;
-        assert!(sums.len() <= ROWS && x.len() == sums.len() * inputs);
-        // SAFETY: `super::kernel` hands this out only where AVX2 and FMA are present; the lengths were just checked.
-        unsafe {
-            match sums.len() {
-                1 => rows::<1>(x, panel, sums),
-                2 => rows::<2>(x, panel, sums),
-                3 => rows::<3>(x, panel, sums),
-                4 => rows::<4>(x, panel, sums),
-                5 => rows::<5>(x, panel, sums),
-                6 => rows::<6>(x, panel, sums),
-                _ => {}
-            }
-        }
-    }
-
-    /// SAFETY: needs AVX2 and FMA, `x` of `R` rows of `panel.len() / WORDS`, and `R` sums.
-    #[expect(clippy::cast_ptr_alignment, reason = "the load is one for unaligned addresses")]
-    #[target_feature(enable = "avx2,fma")]
-    unsafe fn rows<const R: usize>(x: &[f32], panel: &[u32], sums: &mut [[f32; PANEL]]) {
-        let inputs = panel.len() / WORDS;
-        let upper = _mm256_set1_epi32(0xffff_0000_u32.cast_signed());
-        let mut acc = [[_mm256_setzero_ps(); 2]; R];
-        for k in 0..inputs {
-            // SAFETY: `k < inputs`, and the panel has WORDS words for each input.
-            let words = unsafe { _mm256_loadu_si256(panel.as_ptr().add(k * WORDS).cast::<__m256i>()) };
-            let low = _mm256_castsi256_ps(_mm256_slli_epi32::<16>(words));
-            let high = _mm256_castsi256_ps(_mm256_and_si256(words, upper));
-            for (r, acc) in acc.iter_mut().enumerate() {
-                // SAFETY: `r < R` and `k < inputs`, and `x` has `R` rows of `inputs`.
-                let x = _mm256_broadcast_ss(unsafe { x.get_unchecked(r * inputs + k) });
-                acc[0] = _mm256_fmadd_ps(x, low, acc[0]);
-                acc[1] = _mm256_fmadd_ps(x, high, acc[1]);
-            }
-        }
-        for (sums, acc) in sums.iter_mut().zip(acc) {
-            // SAFETY: a row of sums has room for two vectors.
-            unsafe {
-                _mm256_storeu_ps(sums.as_mut_ptr(), acc[0]);
-                _mm256_storeu_ps(sums.as_mut_ptr().add(WORDS), acc[1]);
+/// Adds to `sums`, `[tiles, panels, rows of the tile]`, the products of `x` with the panels of `words`.
+fn by_blocks(kernels: &Kernels, x: &Tiles, words: &[u32], sums: &mut [Row]) {
+    let panel_len = x.inputs() * WORDS;
+    let count = words.len() / panel_len;
+    let mut weights = [Row::ZERO; BLOCK]; // [inputs of the block, PANEL]
+    for start in (0..x.inputs()).step_by(BLOCK) {
+        let depth = BLOCK.min(x.inputs() - start);
+        let weights = &mut weights[..depth];
+        for panel in 0..count {
+            let words_at = |panel: usize, start: usize| &words[(panel * panel_len + start * WORDS).min(words.len())..];
+            let next = if panel + 1 < count { words_at(panel + 1, start) } else { words_at(0, start + depth) };
+            let step = WORDS * size_of::<u32>() / x.count();
+            for (tile, sums) in sums.chunks_mut(x.tile_rows() * count).enumerate() {
+                let rows = sums.len() / count;
+                let sums = &mut sums[panel * rows..][..rows];
+                let ahead = Ahead { at: next.as_ptr().cast::<u8>().wrapping_add(tile * depth * step), step };
+                let x = x.part(start, tile);
+                if tile == 0 {
+                    kernels.widen(x, &words_at(panel, start)[..depth * WORDS], weights, sums, ahead);
+                } else {
+                    kernels.block(x, weights, sums, ahead);
+                }
             }
         }
     }
@@ -142,66 +137,80 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::Isa;
 
-    /// Numbers of mixed size and sign, the same for the same seed.
-    fn noise(seed: u64, len: usize) -> Vec<f32> {
+    /// Numbers of mixed size and sign, one in `rare` of them special; the same for the same seed.
+    pub(crate) fn noise(seed: u64, rare: u64, len: usize) -> Vec<f32> {
+        const SPECIAL: [f32; 7] = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -0.0, 1e-40, -1e-45, f32::MAX];
         let mut state = seed | 1;
         let mut next = || {
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+            state >> 33
         };
-        (0..len).map(|_| next() * 8.0_f32.powi((next() * 3.0) as i32)).collect()
+        let mut value = || {
+            let (fraction, size, special) = (next() as f32 / (1 << 30) as f32 - 1.0, next() % 7, next());
+            let ordinary = fraction * 8.0_f32.powi(size as i32 - 3);
+            if special % rare == 0 { SPECIAL[(special / rare % 7) as usize] } else { ordinary }
+        };
+        (0..len).map(|_| value()).collect()
     }
 
+    /// The bits of values; one NaN is as good as another.
     fn bits(values: &[f32]) -> Vec<u32> {
-        values.iter().map(|v| v.to_bits()).collect()
+        values.iter().map(|v| if v.is_nan() { f32::NAN } else { *v }.to_bits()).collect()
     }
 
-    proptest! {
-        #![proptest_config(ProptestConfig::with_cases(64))]
+    /// The oracle: the rule, as it is written.
+    fn oracle(x: &[f32], weights: &[bf16], inputs: usize) -> Vec<f32> {
+        let rows = x.chunks(inputs);
+        let chain = |x: &[f32], w: &[bf16]| x.iter().zip(w).fold(0.0_f32, |sum, (x, w)| x.mul_add(w.to_f32(), sum));
+        rows.flat_map(|x| weights.chunks(inputs).map(|w| chain(x, w))).collect()
+    }
 
-        #[test]
-        fn every_kernel_and_thread_count_gives_the_oracles_bits(
-            seed in any::<u64>(), rows in 1usize..=40, outputs in 1usize..70, inputs in 1usize..130,
-        ) {
-            let x = noise(seed, rows * inputs);
-            let weights: Vec<bf16> = noise(!seed, outputs * inputs).into_iter().map(bf16::from_f32).collect();
-            let bytes: Vec<u8> = weights.iter().flat_map(|w| w.to_le_bytes()).collect();
-            let packed = PackedMatrix::from_bf16(&bytes, outputs, inputs).unwrap();
-            let mut expected = vec![0.0; rows * outputs];
-            for (i, out) in expected.iter_mut().enumerate() {
-                let (row, output) = (i / outputs, i % outputs);
-                *out = (0..inputs).fold(0.0, |sum, k| {
-                    x[row * inputs + k].mul_add(weights[output * inputs + k].to_f32(), sum)
-                });
-            }
-            for threads in [1, 3] {
+    /// Compares every instruction set and several numbers of threads with the oracle.
+    fn check(rows: usize, outputs: usize, inputs: usize, seed: u64, rare: u64) {
+        let x = noise(seed, rare, rows * inputs);
+        let weights: Vec<bf16> = noise(!seed, rare, outputs * inputs).into_iter().map(bf16::from_f32).collect();
+        let bytes: Vec<u8> = weights.iter().flat_map(|w| w.to_le_bytes()).collect();
+        let packed = PackedMatrix::from_bf16(&bytes, outputs, inputs).unwrap();
+        let expected = bits(&oracle(&x, &weights, inputs));
+        for isa in Isa::available() {
+            for threads in [1, 2, 5] {
                 let mut out = vec![f32::NAN; rows * outputs];
-                matmul(&x, &packed, &mut out, &Pool::new(threads).unwrap());
-                prop_assert_eq!(bits(&out), bits(&expected));
-            }
-            let mut sums = [[0.0; PANEL]; ROWS];
-            let block = &x[..rows.min(ROWS) * inputs];
-            scalar(block, packed.panel(0), &mut sums[..rows.min(ROWS)]);
-            let width = outputs.min(PANEL);
-            for (row, sums) in sums[..rows.min(ROWS)].iter().enumerate() {
-                prop_assert_eq!(bits(&sums[..width]), bits(&expected[row * outputs..][..width]));
+                matmul(&x, &packed, &mut out, &Pool::with_isa(threads, isa).unwrap());
+                assert!(bits(&out) == expected, "{isa:?}, {threads} threads, {rows} rows, {outputs} by {inputs}");
             }
         }
     }
 
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
+
+        #[test]
+        fn every_instruction_set_and_thread_count_gives_the_oracles_bits(
+            seed in any::<u64>(), rows in 1usize..=600, outputs in 1usize..100, inputs in 1usize..150,
+        ) {
+            check(rows, outputs, inputs, seed, u64::MAX);
+        }
+
+        #[test]
+        fn few_rows_of_many_inputs_give_the_oracles_bits(
+            seed in any::<u64>(), rows in 1usize..=32, outputs in 1usize..300, inputs in 1usize..600,
+        ) {
+            check(rows, outputs, inputs, seed, u64::MAX);
+        }
+
+        #[test]
+        fn nan_infinity_denormals_and_negative_zero_go_where_the_oracle_lets_them(
+            seed in any::<u64>(), rows in 1usize..=40, outputs in 1usize..80, inputs in 1usize..200, rare in 3u64..5000,
+        ) {
+            check(rows, outputs, inputs, seed, rare);
+        }
+    }
+
     #[test]
-    fn work_worth_splitting_gives_the_same_bits_on_any_number_of_threads() {
-        let (rows, outputs, inputs) = (13, 200, 300);
-        let x = noise(7, rows * inputs);
-        let bytes: Vec<u8> = noise(9, outputs * inputs).iter().flat_map(|w| bf16::from_f32(*w).to_le_bytes()).collect();
-        let packed = PackedMatrix::from_bf16(&bytes, outputs, inputs).unwrap();
-        let run = |threads| {
-            let mut out = vec![0.0; rows * outputs];
-            matmul(&x, &packed, &mut out, &Pool::new(threads).unwrap());
-            bits(&out)
-        };
-        assert_eq!(run(1), run(2));
-        assert_eq!(run(1), run(5));
+    fn no_rows_give_no_result() {
+        let packed = PackedMatrix::from_bf16(&[0; 6], 3, 1).unwrap();
+        matmul(&[], &packed, &mut [], &Pool::new(2).unwrap());
     }
 }

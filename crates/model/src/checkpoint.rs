@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use half::bf16;
 use safetensors::tensor::{Metadata, TensorInfo};
-use sirocco_compute::{ExpertWeights, PackedMatrix, Packer};
+use sirocco_compute::{ExpertMatrix, ExpertPacker, ExpertWeights, PackedMatrix, Packer};
 use sirocco_types::{ExpertKey, Fingerprint, LayerId, ModelIdentity, ModelSpec};
 
 use crate::config::{read_json, read_spec};
@@ -20,8 +20,9 @@ use crate::fingerprint::fingerprint;
 /// A header longer than this is no header.
 const MAX_HEADER_BYTES: u64 = 100_000_000;
 
-/// Weights are read and packed this much at a time, so that no second copy of a matrix is needed.
-const READ_BYTES: usize = 8 << 20;
+/// Weights are read and packed about this much at a time, so that no second copy of a matrix is needed and what was read is
+/// still in the cache when it is packed.
+const READ_BYTES: usize = 256 << 10;
 
 /// What keeps a checkpoint from being read. Each names the file and what in it is wrong.
 #[derive(Debug, thiserror::Error)]
@@ -137,26 +138,42 @@ impl Checkpoint {
 
     /// Reads one expert, and not a byte of another.
     pub fn load_expert(&self, key: ExpertKey) -> Result<ExpertWeights, CheckpointError> {
-        let matrix = |weight: &str| self.matrix(&expert_tensor(key, weight));
-        Ok(ExpertWeights { gate: matrix("w1")?, up: matrix("w3")?, down: matrix("w2")? })
+        let mut packer = ExpertPacker::new(self.spec().hidden_size, self.spec().intermediate_size);
+        for (matrix, weight) in [(ExpertMatrix::Gate, "w1"), (ExpertMatrix::Up, "w3"), (ExpertMatrix::Down, "w2")] {
+            let rows = |bytes: &[u8]| packer.push_rows(matrix, bytes);
+            self.read_rows(&expert_tensor(key, weight), ExpertPacker::ROWS, rows)?;
+        }
+        Ok(packer.finish())
     }
 
     /// Reads and packs a matrix.
     pub(crate) fn matrix(&self, tensor: &str) -> Result<PackedMatrix, CheckpointError> {
-        let (_, info) = self.find(tensor)?;
-        let &[outputs, inputs] = info.shape.as_slice() else {
-            return Err(bad_tensor(tensor, format!("its shape is {:?}, must be a matrix", info.shape)));
-        };
+        let (outputs, inputs) = self.matrix_shape(tensor)?;
         let mut packer = Packer::new(outputs, inputs);
+        self.read_rows(tensor, Packer::ROWS, |bytes| packer.push_rows(bytes))?;
+        Ok(packer.finish())
+    }
+
+    /// Passes the rows of a matrix to `push`, a multiple of `multiple` rows at a time and the rest at the end.
+    fn read_rows(&self, tensor: &str, multiple: usize, mut push: impl FnMut(&[u8])) -> Result<(), CheckpointError> {
+        let (outputs, inputs) = self.matrix_shape(tensor)?;
         let row_bytes = inputs * 2;
-        let rows_at_once = (READ_BYTES / row_bytes.max(1)).clamp(1, outputs);
+        let rows_at_once = (READ_BYTES / row_bytes.max(1)).next_multiple_of(multiple).min(outputs);
         let mut buffer = vec![0; rows_at_once * row_bytes];
         for start in (0..outputs).step_by(rows_at_once) {
             let bytes = &mut buffer[..(outputs - start).min(rows_at_once) * row_bytes];
             self.read(tensor, start * row_bytes, bytes)?;
-            packer.push_rows(bytes);
+            push(bytes);
         }
-        Ok(packer.finish())
+        Ok(())
+    }
+
+    /// `(outputs, inputs)` of a matrix.
+    fn matrix_shape(&self, tensor: &str) -> Result<(usize, usize), CheckpointError> {
+        match *self.find(tensor)?.1.shape {
+            [outputs, inputs] => Ok((outputs, inputs)),
+            ref shape => Err(bad_tensor(tensor, format!("its shape is {shape:?}, must be a matrix"))),
+        }
     }
 
     /// Reads a vector.

@@ -1,0 +1,143 @@
+//! Measures the bf16 kernels against what the machine can do, in one process, best of several interleaved rounds.
+//!
+//! `cargo run --release -p sirocco-compute --example kernels [avx2|avx512] [rounds]` prints one JSON object a line:
+//! `{"name", "measured", "floor", "unit"}`. Experts are as many as keep their weights from staying in the caches near a core.
+
+mod floors;
+
+use std::time::Instant;
+
+use floors::{Memory, multiply_adds};
+use sirocco_compute::{ExpertMatrix, ExpertPacker, ExpertWeights, Isa, PackedMatrix, Pool, matmul};
+
+const HIDDEN: usize = 1024;
+const INTER: usize = 3584;
+const EXPERTS: usize = 40;
+const ROWS: [usize; 9] = [1, 2, 4, 8, 16, 32, 64, 256, 512];
+
+/// The best value of each measurement so far.
+#[derive(Default)]
+struct Best(Vec<(String, f64)>);
+
+impl Best {
+    fn keep(&mut self, name: String, value: f64) {
+        match self.0.iter_mut().find(|(known, _)| *known == name) {
+            Some((_, best)) => *best = best.max(value),
+            None => self.0.push((name, value)),
+        }
+    }
+
+    fn get(&self, name: &str) -> f64 {
+        self.0.iter().find(|(known, _)| known == name).expect("it was measured").1
+    }
+}
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let isa = match arguments.first().map(String::as_str) {
+        Some("avx2") => Isa::Avx2,
+        Some("avx512") => Isa::Avx512,
+        _ => Isa::best(),
+    };
+    let rounds = arguments.get(1).map_or(7, |rounds| rounds.parse().expect("a number of rounds"));
+    let memory = Memory::new();
+    let experts: Vec<ExpertWeights> = (0..EXPERTS).map(|seed| expert(seed as u64)).collect();
+    let head = matrix(32_000, HIDDEN);
+    let mut best = Best::default();
+    for _ in 0..rounds {
+        for threads in [1, 2] {
+            let pool = Pool::with_isa(threads, isa).expect("two threads can be started");
+            best.keep(format!("read bandwidth {threads}"), memory.read(threads, isa) / 1e9);
+            best.keep(format!("fma {threads}"), multiply_adds(threads, isa) / 1e9);
+            for rows in ROWS {
+                let seconds = ffn(&experts, rows, &pool);
+                let (bytes, flops) = (6 * HIDDEN * INTER, 6 * rows * HIDDEN * INTER);
+                best.keep(format!("ffn bytes {rows} {threads}"), bytes as f64 / seconds / 1e9);
+                best.keep(format!("ffn flops {rows} {threads}"), flops as f64 / seconds / 1e9);
+            }
+            let x = activations(1);
+            let mut out = vec![0.0; head.outputs()];
+            let since = Instant::now();
+            matmul(&x, &head, &mut out, &pool);
+            best.keep(format!("head {threads}"), head.bytes() as f64 / since.elapsed().as_secs_f64() / 1e9);
+        }
+        best.keep("pack".into(), pack());
+    }
+    for threads in [1, 2] {
+        let (read, fma) = (best.get(&format!("read bandwidth {threads}")), best.get(&format!("fma {threads}")));
+        let many = if threads == 1 { "1 thread".to_owned() } else { format!("{threads} threads") };
+        print(&format!("read bandwidth, {many}"), read, read, "GB/s");
+        print(&format!("fma peak, {many}"), fma, fma, "GFLOP/s");
+        for rows in ROWS {
+            let name = format!("expert ffn bf16, {rows} row{}, {many}", if rows == 1 { "" } else { "s" });
+            if rows < 16 {
+                print(&name, best.get(&format!("ffn bytes {rows} {threads}")), read, "GB/s");
+            } else {
+                print(&name, best.get(&format!("ffn flops {rows} {threads}")), fma, "GFLOP/s");
+            }
+        }
+        print(
+            &format!("head of 32000 outputs bf16, 1 row, {many}"),
+            best.get(&format!("head {threads}")),
+            read,
+            "GB/s",
+        );
+    }
+    print("packing bf16, 2 threads", best.get("pack"), 1.0, "GiB/s");
+}
+
+fn print(name: &str, measured: f64, floor: f64, unit: &str) {
+    println!(r#"{{"name":"{name}","measured":{measured:.2},"floor":{floor:.2},"unit":"{unit}"}}"#);
+}
+
+/// Seconds of one forward pass, each over another expert; more passes when they are short.
+fn ffn(experts: &[ExpertWeights], rows: usize, pool: &Pool) -> f64 {
+    let x = activations(rows);
+    let passes = (EXPERTS / rows).max(2);
+    let since = Instant::now();
+    for expert in experts.iter().cycle().skip(rows % EXPERTS).take(passes) {
+        std::hint::black_box(expert.forward(&x, pool));
+    }
+    since.elapsed().as_secs_f64() / passes as f64
+}
+
+/// GiB of bf16 packed per second by two threads, an expert each.
+fn pack() -> f64 {
+    let since = Instant::now();
+    std::thread::scope(|scope| {
+        for seed in 0..2 {
+            scope.spawn(move || std::hint::black_box(expert(seed)));
+        }
+    });
+    (2 * 6 * HIDDEN * INTER) as f64 / f64::from(1 << 30) / since.elapsed().as_secs_f64()
+}
+
+fn activations(rows: usize) -> Vec<f32> {
+    (0..rows * HIDDEN).map(|i| (i % 97) as f32 / 97.0 - 0.5).collect()
+}
+
+fn expert(seed: u64) -> ExpertWeights {
+    let mut packer = ExpertPacker::new(HIDDEN, INTER);
+    for matrix in ExpertMatrix::ALL {
+        let (outputs, inputs) = packer.shape(matrix);
+        let rows = weights(ExpertPacker::ROWS * inputs, seed);
+        for _ in 0..outputs / ExpertPacker::ROWS {
+            packer.push_rows(matrix, &rows);
+        }
+    }
+    packer.finish()
+}
+
+fn matrix(outputs: usize, inputs: usize) -> PackedMatrix {
+    PackedMatrix::from_bf16(&weights(outputs * inputs, 3), outputs, inputs).expect("as many bytes as the shape takes")
+}
+
+/// Small bf16 numbers of both signs.
+fn weights(len: usize, seed: u64) -> Vec<u8> {
+    let mut state = seed;
+    let value = move |_| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        ((state >> 63 << 15 | 0x3c00 | state >> 57) as u16).to_le_bytes()
+    };
+    (0..len).flat_map(value).collect()
+}

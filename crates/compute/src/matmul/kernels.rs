@@ -1,0 +1,153 @@
+//! The kernels of each instruction set behind safe functions that check lengths.
+
+use crate::Isa;
+use crate::packed::{PANEL, WORDS};
+
+/// One value for each output of a panel.
+#[derive(Clone, Copy, Debug)]
+#[repr(C, align(64))]
+pub(crate) struct Row(pub(crate) [f32; PANEL]);
+
+impl Row {
+    pub(crate) const ZERO: Self = Self([0.0; PANEL]);
+}
+
+/// What a kernel fetches while it computes: for each input the cache line at the next step.
+#[derive(Clone, Copy)]
+pub(super) struct Ahead {
+    /// Need not be valid.
+    pub(super) at: *const u8,
+    /// Bytes; less than a cache line where several calls share what is to be fetched.
+    pub(super) step: usize,
+}
+
+/// Adds the products of a tile with panels straight from their words. See [`super::lanes`], as for the others.
+type Straight = unsafe fn(*const f32, usize, *const u32, *mut Row);
+/// The same, keeping the words widened to f32.
+type Widen = unsafe fn(*const f32, usize, *const u32, *mut Row, *mut Row, Ahead);
+/// Adds the products of a tile with widened weights.
+type Block = unsafe fn(*const f32, usize, *const Row, *mut Row, Ahead);
+
+/// The kernels of one instruction set, each by rows, from one on.
+pub(super) struct Kernels {
+    /// Rows a kernel takes at once, as many as the registers hold sums for.
+    pub(super) tile_rows: usize,
+    /// How many panels are read side by side. One row alone makes too few sums to keep the multipliers busy.
+    pub(super) panels: &'static [usize],
+    /// For that many panels.
+    pub(super) straight: &'static [Straight],
+    /// For one panel.
+    pub(super) straight_one: &'static [Straight],
+    pub(super) widen: &'static [Widen],
+    pub(super) block: &'static [Block],
+}
+
+/// The kernels of `isa`, which this machine must have.
+pub(super) fn kernels(isa: Isa) -> &'static Kernels {
+    debug_assert!(isa.is_available());
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => &super::avx512::KERNELS,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => &super::avx2::KERNELS,
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => &super::neon::KERNELS,
+        _ => &super::portable::KERNELS,
+    }
+}
+
+impl Kernels {
+    /// How many panels to pass to [`Kernels::straight`] for full speed.
+    pub(super) fn side_by_side(&self, rows: usize) -> usize {
+        self.panels[rows.max(1) - 1]
+    }
+
+    /// Adds to `sums`, `[panels, rows]`, the products of a tile `x`, `[inputs, rows]`, with panels, `[panels, inputs, WORDS]`.
+    pub(super) fn straight(&self, x: &[f32], words: &[u32], rows: usize, sums: &mut [Row]) {
+        let inputs = x.len() / rows;
+        let at_once = self.side_by_side(rows);
+        assert!(x.len() == inputs * rows && words.len() * rows == inputs * WORDS * sums.len(), "shapes fit");
+        for (words, sums) in words.chunks(at_once * inputs * WORDS).zip(sums.chunks_mut(at_once * rows)) {
+            if sums.len() == at_once * rows {
+                // SAFETY: these kernels' instruction set is here, and the chunks are as long as the shapes say.
+                unsafe { self.straight[rows - 1](x.as_ptr(), inputs, words.as_ptr(), sums.as_mut_ptr()) };
+                continue;
+            }
+            for (words, sums) in words.chunks_exact(inputs * WORDS).zip(sums.chunks_exact_mut(rows)) {
+                // SAFETY: as above.
+                unsafe { self.straight_one[rows - 1](x.as_ptr(), inputs, words.as_ptr(), sums.as_mut_ptr()) };
+            }
+        }
+    }
+
+    /// Adds to `sums`, `[rows]`, the products of a tile `x`, `[inputs, rows]`, with `words`, `[inputs, WORDS]`, and keeps these
+    /// widened in `weights`, `[inputs]`.
+    pub(super) fn widen(&self, x: &[f32], words: &[u32], weights: &mut [Row], sums: &mut [Row], ahead: Ahead) {
+        let inputs = weights.len();
+        assert!(x.len() == inputs * sums.len() && words.len() == inputs * WORDS, "shapes fit");
+        let kernel = self.widen[sums.len() - 1];
+        // SAFETY: these kernels' instruction set is here, and the lengths were just checked.
+        unsafe { kernel(x.as_ptr(), inputs, words.as_ptr(), weights.as_mut_ptr(), sums.as_mut_ptr(), ahead) }
+    }
+
+    /// Adds to `sums`, `[rows]`, the products of a tile `x`, `[inputs, rows]`, with `weights`, `[inputs]`.
+    pub(super) fn block(&self, x: &[f32], weights: &[Row], sums: &mut [Row], ahead: Ahead) {
+        assert_eq!(x.len(), weights.len() * sums.len(), "shapes fit");
+        let kernel = self.block[sums.len() - 1];
+        // SAFETY: these kernels' instruction set is here, and the lengths were just checked.
+        unsafe { kernel(x.as_ptr(), weights.len(), weights.as_ptr(), sums.as_mut_ptr(), ahead) }
+    }
+}
+
+/// Defines `KERNELS` for a type of [`super::lanes::Lanes`]. Each line: rows, panels side by side, vectors of words at a time.
+/// `C`: vectors of widened weights at a time.
+macro_rules! define {
+    ($lanes:ty, $(features: $features:literal,)? columns: $c:literal, $($rows:literal: $panels:literal, $words:literal;)+) => {
+        pub(super) static KERNELS: Kernels = Kernels {
+            tile_rows: [$($rows),+].len(),
+            panels: &[$($panels),+],
+            straight: &[$(straight::<$rows, $panels, $words>),+],
+            straight_one: &[$(straight::<$rows, 1, $words>),+],
+            widen: &[$(widen::<$rows>),+],
+            block: &[$(block::<$rows>),+],
+        };
+
+        $(#[target_feature(enable = $features)])?
+        unsafe fn straight<const R: usize, const P: usize, const J: usize>(
+            x: *const f32,
+            inputs: usize,
+            words: *const u32,
+            sums: *mut Row,
+        ) {
+            // SAFETY: the instruction set is that of this function; the rest is its caller's promise.
+            unsafe { lanes::straight::<$lanes, R, P, J>(x, inputs, words, sums) }
+        }
+
+        $(#[target_feature(enable = $features)])?
+        unsafe fn widen<const R: usize>(
+            x: *const f32,
+            inputs: usize,
+            words: *const u32,
+            weights: *mut Row,
+            sums: *mut Row,
+            ahead: Ahead,
+        ) {
+            // SAFETY: as above.
+            unsafe { lanes::widen::<$lanes, R>(x, inputs, words, weights, sums, ahead) }
+        }
+
+        $(#[target_feature(enable = $features)])?
+        unsafe fn block<const R: usize>(
+            x: *const f32,
+            inputs: usize,
+            weights: *const Row,
+            sums: *mut Row,
+            ahead: Ahead,
+        ) {
+            // SAFETY: as above.
+            unsafe { lanes::block::<$lanes, R, $c>(x, inputs, weights, sums, ahead) }
+        }
+    };
+}
+
+pub(super) use define;
