@@ -1,4 +1,4 @@
-//! `sirocco model`: what a checkpoint is, without loading it.
+//! `sirocco model`: what a checkpoint is, and what its experts lose when they are quantised.
 
 use std::path::PathBuf;
 
@@ -9,6 +9,7 @@ use sirocco_types::{Bytes, ModelIdentity};
 
 use crate::bundled;
 use crate::output::{self, Format, column, table};
+use crate::quality;
 
 /// What to do with a checkpoint.
 #[derive(Debug, clap::Subcommand)]
@@ -21,6 +22,8 @@ pub(crate) enum Command {
         #[arg(short, long, env = "SIROCCO_OUTPUT", value_enum, default_value_t)]
         output: Format,
     },
+    /// Measure how well a model predicts a text by what its experts are kept as
+    Quality(quality::Args),
 }
 
 #[derive(Serialize)]
@@ -34,12 +37,15 @@ struct Inspection {
 }
 
 /// Runs the command.
-pub(crate) fn run(command: &Command) -> Result<()> {
-    let Command::Inspect { folder, output: format } = command;
-    let folder = match folder {
-        Some(folder) => folder.clone(),
-        None => bundled::folder()?,
-    };
+pub(crate) async fn run(command: Command) -> Result<()> {
+    match command {
+        Command::Inspect { folder, output } => inspect(folder, output),
+        Command::Quality(args) => quality::run(args).await,
+    }
+}
+
+fn inspect(folder: Option<PathBuf>, format: Format) -> Result<()> {
+    let folder = folder.map_or_else(bundled::folder, Ok)?;
     let checkpoint = Checkpoint::open(&folder)?;
     Tokenizer::load(&folder, checkpoint.spec())?;
     let spec = checkpoint.spec();
@@ -50,7 +56,7 @@ pub(crate) fn run(command: &Command) -> Result<()> {
         expert_bytes: spec.expert_bytes(),
         all_experts_bytes: spec.expert_bytes() * spec.experts().count() as u64,
     };
-    output::print(&output::one(*format, &inspection, || text(&inspection))?)
+    output::print(&output::one(format, &inspection, || text(&inspection))?)
 }
 
 fn text(inspection: &Inspection) -> String {

@@ -8,6 +8,7 @@ mod generate;
 mod inspect;
 mod keys;
 mod output;
+mod quality;
 mod simulate;
 mod terminal;
 mod time;
@@ -109,7 +110,7 @@ async fn ask(command: Command, shutdown: &CancellationToken) -> anyhow::Result<(
         Command::Up(_) => unreachable!("it has been taken care of"),
         Command::Generate(args) => generate::run(args).await,
         Command::Cluster(command) => cluster::run(command, shutdown).await,
-        Command::Model(command) => inspect::run(&command),
+        Command::Model(command) => inspect::run(command).await,
         Command::Keys(command) => keys::run(command),
         Command::Bench(args) => bench::run(args).await,
         Command::Simulate(args) => simulate::run(&args),

@@ -1,128 +1,88 @@
-//! Measures quantised experts of hidden size 1024 and intermediate size 3584 on two threads, beside what the machine can do.
+//! Measures experts with quantised weights against what the machine can do, in one process, best of several interleaved rounds.
 //!
-//! Prints one JSON object a line: `{"name", "measured", "floor", "unit"}`. With one row the weights come from memory, a different
-//! expert each time, and the floor is the read bandwidth; with more it is the f32 fused multiply-adds of the processor. Floors are
-//! taken between the measurements, and the best of each counts.
+//! `cargo run --release -p sirocco-compute --example quant [avx2|avx512]` prints one JSON object a line:
+//! `{"name", "measured", "floor", "unit"}`. Two threads; hidden size 1024, intermediate size 3584. One row reads a different
+//! expert from memory each time, and its floor is the read bandwidth; that of more rows is f32 fused multiply-adds.
+
+mod floors;
 
 use std::hint::black_box;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use sirocco_compute::{Pool, QuantExpert, QuantMatrix, QuantPacker, QuantWidth};
+use floors::{Memory, multiply_adds};
+use sirocco_compute::{ExpertMatrix, ExpertPacker, ExpertWeights, Isa, Pool};
+use sirocco_types::ExpertDtype;
 
 const HIDDEN: usize = 1024;
 const INTER: usize = 3584;
 const THREADS: usize = 2;
-/// Memory that the experts of one width take together: more than caches hold.
-const WORKING_SET: usize = 1 << 30;
-const REPETITIONS: usize = 7;
+const ROUNDS: usize = 7;
+/// Memory that the experts of one dtype take together: more than the caches near a core hold.
+const WORKING_SET: usize = 768 << 20;
 
 fn main() {
-    let pool = Pool::new(THREADS).expect("the system has two threads to give");
-    let memory = vec![1_u64; WORKING_SET / 8];
-    for (name, width) in [("int8", QuantWidth::Int8), ("int4", QuantWidth::Int4)] {
-        let bytes = expert(width).bytes();
-        let experts: Vec<QuantExpert> = (0..WORKING_SET / bytes).map(|_| expert(width)).collect();
-        let x: Vec<f32> = (0..256 * HIDDEN).map(|i| (i as f32 * 0.37).cos()).collect();
-        let (mut bandwidth, mut peak) = (0.0_f64, 0.0_f64);
-        let mut times = [Duration::MAX; 3];
-        for _ in 0..REPETITIONS {
-            bandwidth = bandwidth.max(read_bandwidth(&memory));
-            peak = peak.max(fma_peak());
-            for (time, rows, count) in [(0, 1, experts.len()), (1, 16, 16), (2, 256, 2)].map(|(i, r, c)| (i, r, c)) {
-                let start = Instant::now();
-                for expert in &experts[..count] {
-                    black_box(expert.forward(&x[..rows * HIDDEN], &pool));
-                }
-                times[time] = times[time].min(start.elapsed() / count as u32);
-            }
-        }
-        println!(
-            "{}",
-            line(&format!("{name} expert, 1 row"), bytes as f64 / times[0].as_secs_f64() / 1e9, bandwidth, "GB/s")
-        );
-        for (time, rows) in [(times[1], 16), (times[2], 256)] {
-            let flops = 2.0 * (3 * rows * HIDDEN * INTER) as f64 / time.as_secs_f64() / 1e9;
-            println!("{}", line(&format!("{name} expert, {rows} rows"), flops, peak, "GFLOP/s"));
-        }
-    }
-}
-
-fn line(name: &str, measured: f64, floor: f64, unit: &str) -> String {
-    format!(r#"{{"name":"{name}","measured":{measured:.2},"floor":{floor:.2},"unit":"{unit}"}}"#)
-}
-
-fn expert(width: QuantWidth) -> QuantExpert {
-    let matrix = |outputs: usize, inputs: usize| -> QuantMatrix {
-        let row: Vec<u8> = (0..inputs as u32)
-            .flat_map(|i| (0x3c00 | (i * 7919 % 512) as u16 ^ (i % 2 << 15) as u16).to_le_bytes())
-            .collect();
-        let mut packer = QuantPacker::new(width, outputs, inputs);
-        (0..outputs).for_each(|_| packer.push_rows(&row));
-        packer.finish()
+    let isa = match std::env::args().nth(1).as_deref() {
+        Some("avx2") => Isa::Avx2,
+        Some("avx512") => Isa::Avx512,
+        _ => Isa::best(),
     };
-    QuantExpert { gate: matrix(INTER, HIDDEN), up: matrix(INTER, HIDDEN), down: matrix(HIDDEN, INTER) }
-}
-
-/// GB/s of reading `memory` once.
-fn read_bandwidth(memory: &[u64]) -> f64 {
-    let start = Instant::now();
-    on_all(|thread| {
-        let part = &memory[memory.len() / THREADS * thread..][..memory.len() / THREADS];
-        black_box(part.chunks_exact(64).fold([0_u64; 64], |mut sums, values| {
-            sums.iter_mut().zip(values).for_each(|(sum, value)| *sum ^= value);
-            sums
-        }));
-    });
-    size_of_val(memory) as f64 / start.elapsed().as_secs_f64() / 1e9
-}
-
-/// GFLOP/s of f32 fused multiply-adds.
-fn fma_peak() -> f64 {
-    const STEPS: usize = 2_000_000;
-    const SUMS: usize = 256;
-    let start = Instant::now();
-    on_all(|_| {
-        #[cfg(target_arch = "x86_64")]
-        {
-            #[target_feature(enable = "avx512f")]
-            fn avx512() -> [f32; SUMS] {
-                fmas()
-            }
-            #[target_feature(enable = "avx2,fma")]
-            fn avx2() -> [f32; SUMS] {
-                fmas()
-            }
-            if is_x86_feature_detected!("avx512f") {
-                // SAFETY: it was just found.
-                black_box(unsafe { avx512() });
-                return;
-            }
-            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-                // SAFETY: they were just found.
-                black_box(unsafe { avx2() });
-                return;
+    let pool = Pool::with_isa(THREADS, isa).expect("two threads can be started");
+    let memory = Memory::new();
+    for dtype in [ExpertDtype::Int8, ExpertDtype::Int4] {
+        let since = Instant::now();
+        let first = expert(dtype);
+        let packing = (6 * HIDDEN * INTER) as f64 / f64::from(1 << 30) / since.elapsed().as_secs_f64();
+        let bytes = first.bytes();
+        let mut experts = vec![first];
+        experts.resize_with(WORKING_SET / bytes, || expert(dtype));
+        let (mut read, mut peak, mut speeds) = (0.0_f64, 0.0_f64, [0.0_f64; 4]);
+        for _ in 0..ROUNDS {
+            read = read.max(memory.read(THREADS, isa));
+            peak = peak.max(multiply_adds(THREADS, isa));
+            for (speed, rows) in speeds.iter_mut().zip(ROWS) {
+                *speed = speed.max(1.0 / seconds(&experts, rows, &pool));
             }
         }
-        black_box(fmas());
-    });
-    #[inline(always)]
-    fn fmas() -> [f32; SUMS] {
-        let (mut sums, factor) = (black_box([1.0_f32; SUMS]), black_box(0.999_f32));
-        for _ in 0..STEPS / 8 {
-            for sum in &mut sums {
-                *sum = sum.mul_add(factor, factor);
+        for (speed, rows) in speeds.into_iter().zip(ROWS) {
+            if rows == 1 {
+                print(&format!("expert ffn {dtype}, 1 row"), bytes as f64 * speed, read, "GB/s");
+            } else {
+                let operations = (6 * rows * HIDDEN * INTER) as f64;
+                print(&format!("expert ffn {dtype}, {rows} rows"), operations * speed, peak, "GFLOP/s");
             }
         }
-        sums
+        print(&format!("packing {dtype}, 1 thread"), packing * 1e9, 1e9, "GiB/s");
     }
-    2.0 * (STEPS / 8 * SUMS * THREADS) as f64 / start.elapsed().as_secs_f64() / 1e9
 }
 
-fn on_all(task: impl Fn(usize) + Sync) {
-    std::thread::scope(|scope| {
-        for thread in 0..THREADS {
-            let task = &task;
-            scope.spawn(move || task(thread));
+const ROWS: [usize; 4] = [1, 16, 64, 256];
+
+fn print(name: &str, measured: f64, floor: f64, unit: &str) {
+    let (measured, floor) = (measured / 1e9, floor / 1e9);
+    println!(r#"{{"name":"{name}","measured":{measured:.2},"floor":{floor:.2},"unit":"{unit}"}}"#);
+}
+
+/// Seconds of one forward pass, each over another expert.
+fn seconds(experts: &[ExpertWeights], rows: usize, pool: &Pool) -> f64 {
+    let x: Vec<f32> = (0..rows * HIDDEN).map(|i| (i % 97) as f32 / 97.0 - 0.5).collect();
+    let experts = &experts[..(experts.len() / rows).max(2)];
+    let since = Instant::now();
+    for expert in experts {
+        black_box(expert.forward(&x, pool));
+    }
+    since.elapsed().as_secs_f64() / experts.len() as f64
+}
+
+fn expert(dtype: ExpertDtype) -> ExpertWeights {
+    let mut packer = ExpertPacker::new(dtype, HIDDEN, INTER);
+    for matrix in ExpertMatrix::ALL {
+        let (outputs, inputs) = packer.shape(matrix);
+        // bf16 between 1/64 and 1/32, of both signs.
+        let value = |i: u32| (0x3c80 | (i * 7919 % 128) as u16 | (i as u16 & 1) << 15).to_le_bytes();
+        let rows: Vec<u8> = (0..(ExpertPacker::ROWS * inputs) as u32).flat_map(value).collect();
+        for _ in 0..outputs / ExpertPacker::ROWS {
+            packer.push_rows(matrix, &rows);
         }
-    });
+    }
+    packer.finish()
 }

@@ -34,4 +34,3 @@ pub use matmul::matmul;
 pub use norm::{Rotary, rms_norm, softmax};
 pub use packed::{PackedMatrix, Packer, ShapeMismatch};
 pub use pool::Pool;
-pub use quant::{QuantExpert, QuantMatrix, QuantPacker, QuantWidth};

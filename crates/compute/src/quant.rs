@@ -1,6 +1,6 @@
 //! Experts whose weights are integers of 8 or 4 bits, multiplied with activations of 8 bits.
 //!
-//! Weights ([`QuantMatrix`]) and activations ([`rows::QuantRows`]) are integers times a scale that 32 consecutive inputs, a
+//! Weights ([`matrix::QuantMatrix`]) and activations ([`rows::QuantRows`]) are integers times a scale that 32 consecutive inputs, a
 //! group, share. A product is then
 //!
 //! `sum = fma(dot as f32, weight_scale * activation_scale, sum)` over ascending groups, from zero,
@@ -12,14 +12,13 @@ mod expert;
 mod kernel;
 mod matrix;
 mod rows;
-mod shared;
 #[cfg(test)]
 mod tests;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
-pub use expert::QuantExpert;
-pub use matrix::{QuantMatrix, QuantPacker, QuantWidth};
+pub(crate) use expert::QuantExpert;
+pub(crate) use matrix::QuantWidth;
 
 /// Consecutive inputs that share a scale.
 pub(crate) const GROUP: usize = 32;

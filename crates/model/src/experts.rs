@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use sirocco_compute::{ExpertWeights, Pool, weighted_sum};
-use sirocco_types::{ExpertKey, LayerId, Routing};
+use sirocco_types::{ExpertDtype, ExpertKey, LayerId, Routing};
 
 use crate::{Checkpoint, CheckpointError};
 
@@ -46,9 +46,9 @@ pub struct LocalExperts {
 }
 
 impl LocalExperts {
-    /// Loads every expert.
-    pub fn load(checkpoint: &Checkpoint, pool: Pool) -> Result<Self, CheckpointError> {
-        let load = |key| Ok((key, checkpoint.load_expert(key)?));
+    /// Loads every expert, kept as `dtype`.
+    pub fn load(checkpoint: &Checkpoint, dtype: ExpertDtype, pool: Pool) -> Result<Self, CheckpointError> {
+        let load = |key| Ok((key, checkpoint.load_expert(key, dtype)?));
         let experts = checkpoint.spec().experts().map(load).collect::<Result<_, _>>()?;
         Ok(Self { experts, hidden_size: checkpoint.spec().hidden_size, pool })
     }

@@ -1,13 +1,14 @@
 //! One expert with quantised weights: a SwiGLU feed-forward network.
 
 use super::GROUP;
-use super::kernel::{Block, Kernel, kernels};
-use super::matrix::{PANEL, QuantMatrix, QuantWidth};
+use super::kernel::{Block, Kernel, kernel};
+use super::matrix::{QuantMatrix, QuantWidth};
 use super::rows::{QuantRows, Shape, TILE, quantise};
-use super::shared::Shared;
 use crate::Pool;
-use crate::exp::exp;
-use crate::wide::wide;
+use crate::disjoint::Disjoint;
+use crate::ffn::{ExpertMatrix, silu_times};
+use crate::matmul::Row;
+use crate::packed::PANEL;
 
 /// Rows whose sums a task keeps in its core's cache.
 const ROWS: usize = 96;
@@ -17,41 +18,51 @@ const GROUPS: usize = 12;
 
 /// The quantised weights of one expert.
 #[derive(Debug)]
-pub struct QuantExpert {
-    /// `w1`, `[intermediate_size, hidden_size]`: the half that is gated.
-    pub gate: QuantMatrix,
-    /// `w3`, `[intermediate_size, hidden_size]`: the half that is not.
-    pub up: QuantMatrix,
-    /// `w2`, `[hidden_size, intermediate_size]`: back to a hidden state.
-    pub down: QuantMatrix,
+pub(crate) struct QuantExpert {
+    pub(super) gate: QuantMatrix,
+    pub(super) up: QuantMatrix,
+    pub(super) down: QuantMatrix,
 }
 
 impl QuantExpert {
-    /// Memory the weights take.
-    pub fn bytes(&self) -> usize {
+    pub(crate) fn zeroed(width: QuantWidth, hidden: usize, inter: usize) -> Self {
+        let [gate, up] = [(); 2].map(|()| QuantMatrix::zeroed(width, inter, hidden));
+        Self { gate, up, down: QuantMatrix::zeroed(width, hidden, inter) }
+    }
+
+    /// Fills a panel of `matrix` with up to [`PANEL`] rows of little-endian bf16.
+    pub(crate) fn fill(&mut self, matrix: ExpertMatrix, panel: usize, rows: &[u8]) {
+        let matrix = match matrix {
+            ExpertMatrix::Gate => &mut self.gate,
+            ExpertMatrix::Up => &mut self.up,
+            ExpertMatrix::Down => &mut self.down,
+        };
+        matrix.fill(panel, rows);
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
         self.gate.bytes() + self.up.bytes() + self.down.bytes()
     }
 
-    /// `down(silu(gate(x)) * up(x))` of each row of `x`, `[rows, hidden_size]`, in the same shape. `x` and what is given to
-    /// `down` are quantised, each row by itself: its result does not depend on the rows beside it. A row with a NaN or an
-    /// infinity has NaNs for its result. Source: GLU Variants Improve Transformer, arXiv 2002.05202.
-    pub fn forward(&self, x: &[f32], pool: &Pool) -> Vec<f32> {
-        self.forward_by(kernels()[0], x, pool)
+    /// See [`crate::ExpertWeights::forward`]. `x` and what is given to the down matrix are quantised, each row by itself. A row
+    /// with a NaN or an infinity has NaNs for its result.
+    pub(crate) fn forward(&self, x: &[f32], pool: &Pool) -> Vec<f32> {
+        self.forward_by(kernel(pool.isa()), x, pool)
     }
 
     /// As [`QuantExpert::forward`], by one kernel.
     pub(super) fn forward_by(&self, kernel: Kernel, x: &[f32], pool: &Pool) -> Vec<f32> {
-        let x = quantise_rows(x, self.gate.inputs(), self.gate.width, pool);
+        let x = quantise_rows(x, self.gate.inputs, self.gate.width, pool);
         let gated = self.gated(kernel, &x, pool);
-        let width = self.down.outputs();
+        let width = self.down.outputs;
         let mut out = vec![0.0; x.shape.rows * width]; // [rows, hidden]
-        let target = Shared::new(&mut out);
-        pool.for_each(self.down.panels(), x.shape.rows * self.down.inputs() * width, |panel| {
+        let target = Disjoint::new(&mut out);
+        pool.for_each(self.down.panels(), x.shape.rows * self.down.inputs * width, |panel| {
             each_row(kernel, &gated, [&self.down], panel, |row, [sums]| {
                 let start = panel * PANEL;
                 let columns = PANEL.min(width - start);
                 // SAFETY: each panel is one task and writes only its own columns.
-                unsafe { target.write(row * width + start, &sums[..columns]) };
+                unsafe { target.slice(row * width + start, columns) }.copy_from_slice(&sums.0[..columns]);
             });
         });
         out
@@ -59,17 +70,18 @@ impl QuantExpert {
 
     /// `silu(gate(x)) * up(x)`, quantised: a panel of outputs makes a group.
     fn gated(&self, kernel: Kernel, x: &QuantRows, pool: &Pool) -> QuantRows {
-        let width = self.gate.outputs();
+        let width = self.gate.outputs;
         let offset = self.down.width.offset();
         let mut gated = QuantRows::zeros(x.shape.rows, width);
         let QuantRows { shape, data } = &mut gated;
-        let data = Shared::new(data);
-        pool.for_each(self.gate.panels(), 2 * shape.rows * self.gate.inputs() * width, |panel| {
+        let data = Disjoint::new(data);
+        pool.for_each(self.gate.panels(), 2 * shape.rows * self.gate.inputs * width, |panel| {
             each_row(kernel, x, [&self.gate, &self.up], panel, |row, [gate, up]| {
                 let columns = PANEL.min(width - panel * PANEL);
-                gate_with(gate, up);
+                silu_times(gate, up);
                 // SAFETY: each panel is one task and writes only its own group.
-                unsafe { data.write(shape.index(row, panel), &[quantise(&gate[..columns], offset)]) };
+                let place = unsafe { data.slice(shape.index(row, panel), 1) };
+                place[0] = quantise(&gate.0[..columns], offset);
             });
         });
         gated
@@ -82,14 +94,14 @@ fn each_row<const N: usize>(
     x: &QuantRows,
     matrices: [&QuantMatrix; N],
     panel: usize,
-    done: impl Fn(usize, [&mut [f32; PANEL]; N]),
+    done: impl Fn(usize, [&mut Row; N]),
 ) {
     let Shape { rows: all, groups } = x.shape;
     assert!(matrices.iter().all(|matrix| matrix.groups() == groups), "shapes fit");
     let panels = matrices.map(|matrix| matrix.panel(panel));
     for first in (0..all).step_by(ROWS) {
         let rows = ROWS.min(all - first);
-        let mut sums: [Vec<[f32; PANEL]>; N] = std::array::from_fn(|_| vec![[0.0; PANEL]; rows]);
+        let mut sums: [Vec<Row>; N] = std::array::from_fn(|_| vec![Row::ZERO; rows]);
         for start in (0..groups).step_by(GROUPS) {
             let end = groups.min(start + GROUPS);
             for tile in (0..rows).step_by(TILE) {
@@ -113,25 +125,13 @@ fn quantise_rows(x: &[f32], width: usize, weights: QuantWidth, pool: &Pool) -> Q
     assert!(x.len().is_multiple_of(width), "rows are whole");
     let mut quantised = QuantRows::zeros(x.len() / width, width);
     let QuantRows { shape, data } = &mut quantised;
-    let data = Shared::new(data);
+    let data = Disjoint::new(data);
     pool.for_each(shape.rows, x.len(), |row| {
         for (index, values) in x[row * width..][..width].chunks(GROUP).enumerate() {
             // SAFETY: each row is one task and writes only its own groups.
-            unsafe { data.write(shape.index(row, index), &[quantise(values, weights.offset())]) };
+            let place = unsafe { data.slice(shape.index(row, index), 1) };
+            place[0] = quantise(values, weights.offset());
         }
     });
     quantised
-}
-
-wide! {
-    /// Multiplies the silu of each of `gate` with its `up`.
-    fn gate_with(gate: &mut [f32; PANEL], up: &[f32; PANEL]) = each
-}
-
-#[expect(clippy::inline_always, reason = "compiled once per instruction set, inside the caller that enables it")]
-#[inline(always)]
-fn each(gate: &mut [f32; PANEL], up: &[f32; PANEL]) {
-    for (gate, up) in gate.iter_mut().zip(up) {
-        *gate = *gate / (1.0 + exp(-*gate)) * up;
-    }
 }

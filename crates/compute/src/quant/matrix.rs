@@ -3,28 +3,28 @@
 //! A panel is 32 outputs. For each group of 32 inputs it holds quads: four consecutive inputs of each output in one 32-bit lane,
 //! 32 lanes to a quad, as instructions that multiply and add four bytes at a time want them. Weights are stored unsigned, with
 //! [`QuantWidth::offset`] added. A byte of 8 bits is one weight; with 4 bits the lower half belongs to quad `q` of the group and
-//! the upper half to quad `q + 4`. The last panel and the last group are padded with weights of zero.
+//! the upper half to quad `q + 4`. The last panel and the last group are padded with scales of zero.
 //!
 //! Scales are bf16, rounded away from zero so that no quant exceeds its range: they have the range of the weights, and cost half
 //! of f32's bytes. Word `i` of a group's scales has output `i` in its lower half and output `i + 16` in its upper half.
 
 use super::GROUP;
+use crate::packed::PANEL;
+use crate::pages::Pages;
 use crate::wide::wide;
 
-/// Outputs per panel. As many as inputs in a group, so that the panel of one matrix makes whole groups for the next.
-pub(super) const PANEL: usize = GROUP;
-
-/// 64 bytes that start where a cache line does.
-#[derive(Clone, Copy, Debug)]
-#[repr(C, align(64))]
-pub(super) struct Line(pub(super) [u32; LANES]);
-
 /// 32-bit lanes of a [`Line`].
-pub(super) const LANES: usize = 16;
+pub(super) const LANES: usize = PANEL / 2;
+
+/// A cache line: half of a quad, or the scales of a group.
+pub(super) type Line = [u32; LANES];
+
+// A panel of one matrix makes whole groups for the next.
+const _: () = assert!(PANEL == GROUP);
 
 /// Bits of a quantised weight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum QuantWidth {
+pub(crate) enum QuantWidth {
     /// 8 bits: -127 to 127.
     Int8,
     /// 4 bits: -8 to 7.
@@ -51,30 +51,26 @@ impl QuantWidth {
 
 /// A matrix `[outputs, inputs]` of integers with a scale per output and group of inputs.
 #[derive(Debug)]
-pub struct QuantMatrix {
+pub(super) struct QuantMatrix {
     pub(super) width: QuantWidth,
-    outputs: usize,
-    inputs: usize,
+    pub(super) outputs: usize,
+    pub(super) inputs: usize,
     /// `[panels, groups, width.lines()]`
-    quants: Vec<Line>,
+    quants: Pages,
     /// `[panels, groups]`
-    scales: Vec<Line>,
+    scales: Pages,
 }
 
 impl QuantMatrix {
-    /// Rows of the matrix: elements of the result of a multiplication.
-    pub fn outputs(&self) -> usize {
-        self.outputs
-    }
-
-    /// Columns of the matrix: elements of what it is multiplied with.
-    pub fn inputs(&self) -> usize {
-        self.inputs
+    pub(super) fn zeroed(width: QuantWidth, outputs: usize, inputs: usize) -> Self {
+        let lines = outputs.div_ceil(PANEL) * inputs.div_ceil(GROUP);
+        let (quants, scales) = (Pages::zeroed(lines * width.lines() * LANES), Pages::zeroed(lines * LANES));
+        Self { width, outputs, inputs, quants, scales }
     }
 
     /// Memory the weights and their scales take, padding included.
-    pub fn bytes(&self) -> usize {
-        (self.quants.capacity() + self.scales.capacity()) * size_of::<Line>()
+    pub(super) fn bytes(&self) -> usize {
+        size_of_val(&*self.quants) + size_of_val(&*self.scales)
     }
 
     pub(super) fn panels(&self) -> usize {
@@ -88,108 +84,49 @@ impl QuantMatrix {
     /// The quants and the scales of one panel: `[groups, width.lines()]` and `[groups]`.
     pub(super) fn panel(&self, index: usize) -> (&[Line], &[Line]) {
         let (groups, lines) = (self.groups(), self.width.lines());
-        (&self.quants[index * groups * lines..][..groups * lines], &self.scales[index * groups..][..groups])
+        let (quants, scales) = (self.quants.as_chunks().0, self.scales.as_chunks().0);
+        (&quants[index * groups * lines..][..groups * lines], &scales[index * groups..][..groups])
     }
 
-    /// One row of the matrix, as the numbers its integers stand for.
-    pub fn row(&self, output: usize) -> impl Iterator<Item = f32> + '_ {
-        self.quants_and_scales(output).map(|(quant, scale)| quant as f32 * scale)
-    }
-
-    /// One row of the matrix: each weight's integer and its scale.
-    pub(super) fn quants_and_scales(&self, output: usize) -> impl Iterator<Item = (i32, f32)> + '_ {
-        let (quants, scales) = self.panel(output / PANEL);
-        let lane = output % PANEL;
-        (0..self.inputs).map(move |input| {
-            let group = input / GROUP;
-            let lines = &quants[group * self.width.lines()..][..self.width.lines()];
-            (weight(self.width, lines, lane, input % GROUP), scale(&scales[group], lane))
-        })
+    /// Fills panel `index` with up to [`PANEL`] rows of little-endian bf16. What it pads has scales of zero.
+    pub(super) fn fill(&mut self, index: usize, rows: &[u8]) {
+        let (groups, lines) = (self.groups(), self.width.lines());
+        let quants = &mut self.quants.as_chunks_mut::<LANES>().0[index * groups * lines..][..groups * lines];
+        let scales = &mut self.scales.as_chunks_mut::<LANES>().0[index * groups..][..groups];
+        for (group, (quants, scales)) in quants.chunks_exact_mut(lines).zip(scales).enumerate() {
+            for (lane, row) in rows.chunks_exact(self.inputs * 2).enumerate() {
+                let values = &row[group * GROUP * 2..];
+                let (scale, weights) = quantise(self.width, &values[..values.len().min(GROUP * 2)]);
+                let (half, lane) = (lane / LANES, lane % LANES);
+                scales[lane] |= u32::from(scale) << (16 * half);
+                for (quad, &weights) in weights.as_chunks::<4>().0.iter().enumerate() {
+                    let word = u32::from_le_bytes(weights);
+                    match self.width {
+                        QuantWidth::Int8 => quants[2 * quad + half][lane] = word,
+                        QuantWidth::Int4 => quants[2 * (quad % 4) + half][lane] |= word << (4 * (quad / 4)),
+                    }
+                }
+            }
+        }
     }
 }
 
 /// The scale of one output of a panel.
 pub(super) fn scale(scales: &Line, lane: usize) -> f32 {
-    let word = scales.0[lane % LANES];
+    let word = scales[lane % LANES];
     f32::from_bits(if lane < LANES { word << 16 } else { word & 0xffff_0000 })
 }
 
 /// The weight of one output and one input of a group, the offset taken off again.
 pub(super) fn weight(width: QuantWidth, lines: &[Line], lane: usize, input: usize) -> i32 {
     let quad = input / 4;
-    let word = |quad: usize| lines[2 * quad + lane / LANES].0[lane % LANES];
+    let word = |quad: usize| lines[2 * quad + lane / LANES][lane % LANES];
     let byte = |word: u32| word >> (8 * (input % 4)) & 0xff;
     let stored = match width {
         QuantWidth::Int8 => byte(word(quad)),
         QuantWidth::Int4 => byte(word(quad % 4)) >> (4 * (quad / 4)) & 0xf,
     };
     stored.cast_signed() - width.offset()
-}
-
-/// Builds a [`QuantMatrix`] from rows as they are read, so that no second copy of the matrix is needed.
-#[derive(Debug)]
-pub struct QuantPacker {
-    matrix: QuantMatrix,
-    rows: usize,
-}
-
-impl QuantPacker {
-    /// A packer for `[outputs, inputs]`.
-    pub fn new(width: QuantWidth, outputs: usize, inputs: usize) -> Self {
-        let (panels, groups) = (outputs.div_ceil(PANEL), inputs.div_ceil(GROUP));
-        let zero = Line(
-            [u32::from_le_bytes(
-                [match width {
-                    QuantWidth::Int8 => 0x80,
-                    QuantWidth::Int4 => 0x88,
-                }; 4],
-            ); LANES],
-        );
-        let quants = vec![zero; panels * groups * width.lines()];
-        let scales = vec![Line([0; LANES]); panels * groups];
-        Self { matrix: QuantMatrix { width, outputs, inputs, quants, scales }, rows: 0 }
-    }
-
-    /// Adds whole rows of little-endian bf16. Panics when there are too many or the last is not whole.
-    pub fn push_rows(&mut self, bytes: &[u8]) {
-        let rows = bytes.chunks_exact(self.matrix.inputs * 2);
-        assert!(rows.remainder().is_empty(), "rows are pushed whole");
-        for row in rows {
-            assert!(self.rows < self.matrix.outputs, "no more rows than the matrix has");
-            self.push_row(row);
-        }
-    }
-
-    fn push_row(&mut self, row: &[u8]) {
-        let (panel, lane) = (self.rows / PANEL, self.rows % PANEL);
-        let matrix = &mut self.matrix;
-        let (width, groups, lines) = (matrix.width, matrix.groups(), matrix.width.lines());
-        let quants = matrix.quants[panel * groups * lines..].chunks_exact_mut(lines);
-        let scales = &mut matrix.scales[panel * groups..];
-        for ((values, lines), scales) in row.chunks(GROUP * 2).zip(quants).zip(scales) {
-            let (scale, weights) = quantise(width, values);
-            let upper = 16 * (lane / LANES);
-            scales.0[lane % LANES] |= u32::from(scale) << upper;
-            let quads = weights.as_chunks::<4>().0.iter().map(|&quad| u32::from_le_bytes(quad));
-            for (quad, word) in quads.enumerate() {
-                match width {
-                    QuantWidth::Int8 => lines[2 * quad + lane / LANES].0[lane % LANES] = word,
-                    QuantWidth::Int4 => {
-                        let (line, half) = (2 * (quad % 4) + lane / LANES, 4 * (quad / 4));
-                        let stored = &mut lines[line].0[lane % LANES];
-                        *stored = *stored & !(0x0f0f_0f0f << half) | word << half;
-                    }
-                }
-            }
-        }
-        self.rows += 1;
-    }
-
-    /// The matrix. Panics when rows are missing.
-    pub fn finish(self) -> QuantMatrix {
-        assert_eq!(self.rows, self.matrix.outputs, "every row was pushed");
-        self.matrix
-    }
 }
 
 wide! {
@@ -233,6 +170,20 @@ fn group(width: QuantWidth, values: &[u8]) -> (u16, [u8; GROUP]) {
 }
 
 #[cfg(test)]
+impl QuantMatrix {
+    /// One row of the matrix: each weight's integer and its scale.
+    pub(super) fn quants_and_scales(&self, output: usize) -> impl Iterator<Item = (i32, f32)> + '_ {
+        let (quants, scales) = self.panel(output / PANEL);
+        let lane = output % PANEL;
+        (0..self.inputs).map(move |input| {
+            let group = input / GROUP;
+            let lines = &quants[group * self.width.lines()..][..self.width.lines()];
+            (weight(self.width, lines, lane, input % GROUP), scale(&scales[group], lane))
+        })
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use half::bf16;
 
@@ -243,9 +194,15 @@ mod tests {
     }
 
     fn matrix(width: QuantWidth, bytes: &[u8], outputs: usize, inputs: usize) -> QuantMatrix {
-        let mut packer = QuantPacker::new(width, outputs, inputs);
-        packer.push_rows(bytes);
-        packer.finish()
+        let mut matrix = QuantMatrix::zeroed(width, outputs, inputs);
+        for (panel, rows) in bytes.chunks(PANEL * inputs * 2).enumerate() {
+            matrix.fill(panel, rows);
+        }
+        matrix
+    }
+
+    fn row(matrix: &QuantMatrix, output: usize) -> Vec<f32> {
+        matrix.quants_and_scales(output).map(|(quant, scale)| quant as f32 * scale).collect()
     }
 
     #[test]
@@ -256,7 +213,7 @@ mod tests {
             let matrix = matrix(width, &bytes(&values), outputs, inputs);
             for output in 0..outputs {
                 let wanted = &values[output * inputs..][..inputs];
-                let got: Vec<f32> = matrix.row(output).collect();
+                let got = row(&matrix, output);
                 for (wanted, got) in wanted.chunks(GROUP).zip(got.chunks(GROUP)) {
                     let largest = wanted.iter().fold(0.0_f32, |most, value| most.max(value.abs()));
                     // The largest of the other sign is cut at 7 steps of 8.
@@ -277,7 +234,7 @@ mod tests {
             };
             let matrix = matrix(width, &bytes(&scaled), 2, 32);
             for output in 0..2 {
-                assert_eq!(matrix.row(output).collect::<Vec<_>>(), scaled[output * 32..][..32]);
+                assert_eq!(row(&matrix, output), scaled[output * 32..][..32]);
             }
         }
     }
@@ -289,7 +246,7 @@ mod tests {
             values[40] = bad;
             for width in [QuantWidth::Int8, QuantWidth::Int4] {
                 let matrix = matrix(width, &bytes(&values), 1, 96);
-                let row: Vec<f32> = matrix.row(0).collect();
+                let row = row(&matrix, 0);
                 assert!(row[32..64].iter().all(|value| value.is_nan()));
                 assert!(row[..32].iter().chain(&row[64..]).all(|value| (value - 1.0).abs() < 0.01));
             }
@@ -301,7 +258,7 @@ mod tests {
         for value in [bf16::MAX.to_f32(), bf16::MIN.to_f32(), f32::from_bits(1 << 16), f32::MIN_POSITIVE, 0.0] {
             for width in [QuantWidth::Int8, QuantWidth::Int4] {
                 let matrix = matrix(width, &bytes(&[value; 32]), 1, 32);
-                let worst = matrix.row(0).map(|got| (got / 2.0 - value / 2.0).abs()).fold(0.0, f32::max);
+                let worst = row(&matrix, 0).iter().map(|got| (got / 2.0 - value / 2.0).abs()).fold(0.0, f32::max);
                 assert!(worst <= value.abs() * 0.005 + f32::from_bits(1 << 16) * 64.0, "{value:e} is off by {worst:e}");
             }
         }

@@ -3,11 +3,22 @@
 use half::bf16;
 use proptest::prelude::*;
 
-use super::kernel::kernels;
+use super::kernel::{Kernel, kernel, scalar};
+use super::matrix::QuantMatrix;
 use super::rows::quantise;
-use super::{GROUP, QuantExpert, QuantMatrix, QuantPacker, QuantWidth};
-use crate::Pool;
+use super::{GROUP, QuantExpert, QuantWidth};
 use crate::exp::exp;
+use crate::ffn::ExpertMatrix;
+use crate::packed::PANEL;
+use crate::{Isa, Pool};
+
+/// Every kernel of this machine.
+fn kernels() -> Vec<Kernel> {
+    #[cfg(target_arch = "x86_64")]
+    return [super::x86::kernels(), vec![scalar]].concat();
+    #[cfg(not(target_arch = "x86_64"))]
+    vec![scalar]
+}
 
 /// Numbers of mixed size and sign, the same for the same seed.
 fn noise(seed: u64, len: usize) -> Vec<f32> {
@@ -19,20 +30,22 @@ fn noise(seed: u64, len: usize) -> Vec<f32> {
     (0..len).map(|_| next() * 8.0_f32.powi((next() * 3.0) as i32)).collect()
 }
 
-fn matrix(width: QuantWidth, outputs: usize, inputs: usize, values: &[f32]) -> QuantMatrix {
-    let bytes: Vec<u8> = values.iter().flat_map(|&value| bf16::from_f32(value).to_le_bytes()).collect();
-    let mut packer = QuantPacker::new(width, outputs, inputs);
-    packer.push_rows(&bytes);
-    packer.finish()
+/// An expert of `[inter, hidden]`, `[inter, hidden]` and `[hidden, inter]`.
+fn pack(width: QuantWidth, hidden: usize, inter: usize, matrices: [&[f32]; 3]) -> QuantExpert {
+    let mut expert = QuantExpert::zeroed(width, hidden, inter);
+    for (matrix, values) in ExpertMatrix::ALL.into_iter().zip(matrices) {
+        let bytes: Vec<u8> = values.iter().flat_map(|&value| bf16::from_f32(value).to_le_bytes()).collect();
+        let inputs = if matrix == ExpertMatrix::Down { inter } else { hidden };
+        for (panel, rows) in bytes.chunks(PANEL * inputs * 2).enumerate() {
+            expert.fill(matrix, panel, rows);
+        }
+    }
+    expert
 }
 
 fn expert(seed: u64, width: QuantWidth, hidden: usize, inter: usize) -> QuantExpert {
-    let noisy = |seed, outputs, inputs| matrix(width, outputs, inputs, &noise(seed, outputs * inputs));
-    QuantExpert {
-        gate: noisy(seed, inter, hidden),
-        up: noisy(!seed, inter, hidden),
-        down: noisy(seed ^ 77, hidden, inter),
-    }
+    let [gate, up, down] = [seed, !seed, seed ^ 77].map(|seed| noise(seed, hidden * inter));
+    pack(width, hidden, inter, [&gate, &up, &down])
 }
 
 /// One row times a matrix, by the definition.
@@ -45,7 +58,7 @@ fn product(x: &[f32], w: &QuantMatrix) -> Vec<f32> {
             (dot as f32).mul_add(w[0].1 * x.scale, sum)
         })
     };
-    (0..w.outputs()).map(output).collect()
+    (0..w.outputs).map(output).collect()
 }
 
 /// Each row's result by the definition.
@@ -55,7 +68,7 @@ fn oracle(expert: &QuantExpert, x: &[f32]) -> Vec<f32> {
         let gated: Vec<f32> = gate.iter().zip(up).map(|(gate, up)| gate / (1.0 + exp(-gate)) * up).collect();
         product(&gated, &expert.down)
     };
-    x.chunks_exact(expert.gate.inputs()).flat_map(row).collect()
+    x.chunks_exact(expert.gate.inputs).flat_map(row).collect()
 }
 
 /// The bits, with one form for every NaN.
@@ -110,6 +123,14 @@ proptest! {
 }
 
 #[test]
+fn every_instruction_set_here_has_a_kernel_and_the_portable_one_is_scalar() {
+    assert!(
+        Isa::available().into_iter().all(|isa| kernels().iter().any(|&found| std::ptr::fn_addr_eq(found, kernel(isa))))
+    );
+    assert!(std::ptr::fn_addr_eq(kernel(Isa::Portable), scalar as Kernel));
+}
+
+#[test]
 fn hundreds_of_rows_on_any_number_of_threads_are_each_what_they_are_alone() {
     let (hidden, inter) = (300, 450);
     for width in [QuantWidth::Int8, QuantWidth::Int4] {
@@ -133,8 +154,8 @@ fn the_largest_weights_and_activations_do_not_saturate() {
     let (hidden, inter) = (256, 64);
     for width in [QuantWidth::Int8, QuantWidth::Int4] {
         for sign in [1.0, -1.0] {
-            let flat = |outputs, inputs| matrix(width, outputs, inputs, &vec![sign; outputs * inputs]);
-            let expert = QuantExpert { gate: flat(inter, hidden), up: flat(inter, hidden), down: flat(hidden, inter) };
+            let flat = vec![sign; inter * hidden];
+            let expert = pack(width, hidden, inter, [&flat, &flat, &flat]);
             let x = [vec![1.0; hidden], vec![-1.0; hidden]].concat();
             let expected = bits(&oracle(&expert, &x));
             for kernel in kernels() {
