@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use safetensors::tensor::{Dtype, TensorView};
 use safetensors::{SafeTensors, serialize_to_file};
 use serde_json::Value;
+use sirocco_compute::{ExpertWeights, Pool};
 use sirocco_model::{Checkpoint, Tokenizer};
 use sirocco_types::{ExpertDtype, ExpertId, ExpertKey, LayerId};
 use tempfile::TempDir;
