@@ -57,7 +57,7 @@ impl QuantExpert {
         let width = self.down.outputs;
         let mut out = vec![0.0; x.shape.rows * width]; // [rows, hidden]
         let target = Disjoint::new(&mut out);
-        pool.for_each(self.down.panels(), x.shape.rows * self.down.inputs * width, |panel| {
+        each_panel(pool, self.down.panels(), x.shape.rows * self.down.inputs * width, |panel| {
             each_row(kernel, &gated, [&self.down], panel, |row, [sums]| {
                 let start = panel * PANEL;
                 let columns = PANEL.min(width - start);
@@ -75,7 +75,7 @@ impl QuantExpert {
         let mut gated = QuantRows::zeros(x.shape.rows, width);
         let QuantRows { shape, data } = &mut gated;
         let data = Disjoint::new(data);
-        pool.for_each(self.gate.panels(), 2 * shape.rows * self.gate.inputs * width, |panel| {
+        each_panel(pool, self.gate.panels(), 2 * shape.rows * self.gate.inputs * width, |panel| {
             each_row(kernel, x, [&self.gate, &self.up], panel, |row, [gate, up]| {
                 let columns = PANEL.min(width - panel * PANEL);
                 silu_times(gate, up);
@@ -86,6 +86,15 @@ impl QuantExpert {
         });
         gated
     }
+}
+
+/// Runs `task` for every panel, several neighbours on one thread: so many that their weights are one long read, so few that
+/// all threads end together. `work` as for [`Pool::for_each`].
+fn each_panel(pool: &Pool, panels: usize, work: usize, task: impl Fn(usize) + Sync) {
+    let count = (panels / (8 * pool.threads())).max(1);
+    pool.for_each(panels.div_ceil(count), work, |index| {
+        (index * count..panels.min((index + 1) * count)).for_each(&task);
+    });
 }
 
 /// Multiplies all rows of `x` with one panel of each of `matrices` and hands every row's sums to `done`.
@@ -110,7 +119,8 @@ fn each_row<const N: usize>(
                 for ((matrix, (quants, scales)), sums) in matrices.iter().zip(panels).zip(&mut sums) {
                     let (width, lines) = (matrix.width, matrix.width.lines());
                     let quants = &quants[start * lines..end * lines];
-                    kernel(Block { x, width, quants, scales: &scales[start..end] }, &mut sums[tile..][..tile_rows]);
+                    let block = Block { x, width, quants, scales: &scales[start..end], first: tile == 0 };
+                    kernel(block, &mut sums[tile..][..tile_rows]);
                 }
             }
         }
