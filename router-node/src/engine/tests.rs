@@ -156,7 +156,7 @@ fn batch_mates_chunks_cache_hits_and_preemption_change_no_bit() {
         .collect();
     for step_tokens in [1, 7, 64, 512] {
         // With one token a step there is one sequence of each client under way.
-        let few = if step_tokens == 1 { 160 } else { 384 } / KvCache::BLOCK_TOKENS;
+        let few = (if step_tokens == 1 { 160 } else { 384 }) / KvCache::BLOCK_TOKENS;
         for kv_blocks in [PLENTY, few] {
             let setup = Setup::start(EngineLimits { step_tokens, kv_blocks, ..LIMITS });
             for (visit, shuffle) in [("first", 37), ("again", 23)] {
