@@ -2,7 +2,8 @@
 //! set.
 //!
 //! The rule that makes it so: each output element is one chain of fused multiply-adds over its inputs in ascending order,
-//! starting from zero. Lanes of a vector register are different outputs, never parts of one sum. Exponentials and their like
+//! starting from zero. Lanes of a vector register are different outputs, never parts of one sum; where a row is summed up, in
+//! norms and in attention's softmax, it is into 16 sums in turn, which are added up by halves. Exponentials and their like
 //! are our own or those of the crate `libm`, compiled into the program, never from the platform. The scalar code of [`PackedMatrix`] is the
 //! oracle that the vector code is tested against, bit for bit.
 //!

@@ -15,7 +15,7 @@ use crate::pages::LINE;
 /// f32 between the scores of one row and those of the next; no power of two, so that rows do not evict each other.
 const STRIDE: usize = CHUNK_TOKENS + LANES;
 
-/// How many f32 ahead of their use keys and values are asked for: memory is one stream, so what follows is what comes next.
+/// How many f32 ahead of its use memory is asked for that is read in one pass.
 const AHEAD: usize = 512;
 
 /// Rows of a head that go through a chunk together: few enough that their scores stay near.
@@ -206,7 +206,13 @@ fn pack_q<const R: usize>(task: &Task, queries: Range<usize>, packed: &mut Vec<f
         let rows = queries.clone().flat_map(|query| (0..group).map(move |g| query * shape.heads + head * group + g));
         let rows: Vec<&[f32]> = rows.map(|row| &task.q[row * dim..][..dim]).collect();
         for rows in rows.chunks(R) {
-            packed.extend((0..dim).flat_map(|d| rows.iter().map(move |row| row[d] * scale)));
+            let start = packed.len();
+            packed.resize(start + rows.len() * dim, 0.0);
+            for (place, row) in rows.iter().enumerate() {
+                for (packed, q) in packed[start + place..].iter_mut().step_by(rows.len()).zip(*row) {
+                    *packed = q * scale;
+                }
+            }
         }
     }
 }
@@ -250,7 +256,7 @@ unsafe fn score_block<V: Lanes, const R: usize>(q: *const f32, keys: *const f32,
             let mut sums = [[V::splat(&0.0); 2]; R];
             for d in 0..dim {
                 let at = d * BLOCK_TOKENS + first;
-                fetch::<V, 2>(keys.wrapping_add(at));
+                fetch::<V, 2>(keys, (dim, BLOCK_TOKENS), (d, first));
                 let keys = [V::load(keys.add(at)), V::load(keys.add(at + V::COUNT))];
                 for (r, sums) in sums.iter_mut().enumerate() {
                     let q = V::splat(q.add(d * R + r));
@@ -265,15 +271,19 @@ unsafe fn score_block<V: Lanes, const R: usize>(q: *const f32, keys: *const f32,
     }
 }
 
-/// Asks for the cache lines that come [`AHEAD`] of those in which `N` vectors at `at` begin.
+/// Asks for what will be read after a panel `at`, `[rows, width]`, of which `N` vectors are read in each row, from column `first`
+/// on; `row` is the row that is being read. All columns' rows together ask for as much as the panel has.
 ///
 /// SAFETY: the machine has the instruction set of `V`.
 #[expect(clippy::inline_always, reason = "compiled once per instruction set, inside the caller that enables it")]
 #[inline(always)]
-unsafe fn fetch<V: Lanes, const N: usize>(at: *const f32) {
+unsafe fn fetch<V: Lanes, const N: usize>(at: *const f32, (rows, width): (usize, usize), (row, first): (usize, usize)) {
+    // For several passes a panel must be near before the first.
+    let ahead = if N * V::COUNT == width { AHEAD } else { rows * width };
+    let done = first * rows + row * N * V::COUNT;
     for line in (0..N * V::COUNT).step_by(LINE / size_of::<f32>()) {
         // SAFETY: by this function's contract; what is fetched need not be valid.
-        unsafe { V::fetch(at.wrapping_add(AHEAD + line).cast()) };
+        unsafe { V::fetch(at.wrapping_add(ahead + done + line).cast()) };
     }
 }
 
@@ -337,15 +347,15 @@ unsafe fn draw<V: Lanes, const R: usize>(piece: &Piece, weights: &[f32], out: &m
                 for d in (0..dim).step_by(2 * V::COUNT) {
                     let panel = d / VALUE_PANEL * VALUE_PANEL;
                     let width = VALUE_PANEL.min(dim - panel);
-                    let start = panel * BLOCK_TOKENS + seen.start * width + d - panel;
-                    let values = values[start..][..(seen.len() - 1) * width + V::COUNT].as_ptr();
+                    let values = values[panel * BLOCK_TOKENS..][seen.start * width..seen.end * width].as_ptr();
                     let (weights, out) = (weights.as_ptr(), out[d..].as_mut_ptr());
+                    let (shape, first) = ((seen.len(), width), d - panel);
                     // SAFETY: by this function's contract; the slices hold what `count` rows take.
                     unsafe {
                         if dim - d == V::COUNT {
-                            by_rows!(count, draw_block::<V, _, 1>(weights, values, seen.len(), width, out, len));
+                            by_rows!(count, draw_block::<V, _, 1>(weights, values, shape, first, out, len));
                         } else {
-                            by_rows!(count, draw_block::<V, _, 2>(weights, values, seen.len(), width, out, len));
+                            by_rows!(count, draw_block::<V, _, 2>(weights, values, shape, first, out, len));
                         }
                     }
                 }
@@ -355,8 +365,8 @@ unsafe fn draw<V: Lanes, const R: usize>(piece: &Piece, weights: &[f32], out: &m
     }
 }
 
-/// Adds `tokens` values, `N` vectors each in rows of `width`, times the weights of `R` rows, `[R, tokens]` in rows of [`STRIDE`],
-/// to `out`, `R` rows of `N` vectors in rows of `len`.
+/// Adds a panel's `values`, `[tokens, width]`, `N` vectors of each from column `first` on, times the weights of `R` rows,
+/// `[R, tokens]` in rows of [`STRIDE`], to `out`, `R` rows of `N` vectors in rows of `len`.
 ///
 /// SAFETY: the machine has the instruction set of `V`; the pointers lead to that many f32.
 #[expect(clippy::inline_always, reason = "compiled once per instruction set, inside the caller that enables it")]
@@ -364,8 +374,8 @@ unsafe fn draw<V: Lanes, const R: usize>(piece: &Piece, weights: &[f32], out: &m
 unsafe fn draw_block<V: Lanes, const R: usize, const N: usize>(
     weights: *const f32,
     values: *const f32,
-    tokens: usize,
-    width: usize,
+    (tokens, width): (usize, usize),
+    first: usize,
     out: *mut f32,
     len: usize,
 ) {
@@ -374,8 +384,8 @@ unsafe fn draw_block<V: Lanes, const R: usize, const N: usize>(
         let place = |r: usize, n: usize| out.add(r * len + n * V::COUNT);
         let mut sums = std::array::from_fn::<_, R, _>(|r| std::array::from_fn::<_, N, _>(|n| V::load(place(r, n))));
         for t in 0..tokens {
-            fetch::<V, N>(values.wrapping_add(t * width));
-            let values = std::array::from_fn::<_, N, _>(|n| V::load(values.add(t * width + n * V::COUNT)));
+            fetch::<V, N>(values, (tokens, width), (t, first));
+            let values = std::array::from_fn::<_, N, _>(|n| V::load(values.add(t * width + first + n * V::COUNT)));
             for (r, sums) in sums.iter_mut().enumerate() {
                 let weight = V::splat(weights.add(r * STRIDE + t));
                 for (sum, value) in sums.iter_mut().zip(values) {

@@ -42,7 +42,7 @@ pub struct AttentionShape {
 
 impl AttentionShape {
     /// f32 elements that the keys of one block take; its values take as many.
-    pub fn block_len(&self) -> usize {
+    fn block_len(&self) -> usize {
         self.kv_heads * self.padded_dim() * BLOCK_TOKENS
     }
 
