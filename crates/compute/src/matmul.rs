@@ -34,6 +34,9 @@ pub(crate) const ROWS: usize = 256;
 /// inputs.
 pub(crate) const BLOCK: usize = 192;
 
+/// Bytes of a panel's words for one input: a cache line.
+const LINE: usize = WORDS * size_of::<u32>();
+
 /// Panels of a task: they share what a block of inputs costs to fetch, and are fetched as so many streams.
 const GROUP: usize = Ahead::STREAMS;
 
@@ -123,7 +126,6 @@ struct Task<'a> {
 /// Adds to `sums` the products of `x` with the panels of `words`.
 fn by_blocks(kernels: &Kernels, x: &Tiles, task: Task) {
     let Task { words, sums, weights, next: next_task } = task;
-    const LINE: usize = WORDS * size_of::<u32>();
     let panel_len = x.inputs() * WORDS;
     let count = words.len() / panel_len;
     for start in (0..x.inputs()).step_by(BLOCK) {
