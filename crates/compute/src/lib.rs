@@ -4,8 +4,8 @@
 //! The rule that makes it so: each output element is one chain of fused multiply-adds over its inputs in ascending order,
 //! starting from zero. Lanes of a vector register are different outputs, never parts of one sum. Exponentials and their like
 //! are our own or those of the crate `libm`, compiled into the program, never from the platform. The oracle that every
-//! kernel is tested against, bit for bit, is that rule written as a loop over [`PackedMatrix::row`]s of `f32::mul_add`; each
-//! [`Isa`] this machine has can be forced with [`Pool::with_isa`].
+//! kernel is tested against, bit for bit, is that rule written as a loop of `f32::mul_add`; each [`Isa`] this machine has can be
+//! forced with [`Pool::with_isa`].
 //!
 //! This is the only crate with `unsafe`: vector intrinsics, threads that share a job and write disjoint parts of one output,
 //! memory in huge pages, and the CUDA driver. GPUs are found, not used yet: every kernel runs on the CPU.
