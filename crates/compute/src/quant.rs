@@ -1,6 +1,6 @@
 //! Experts whose weights are integers of 8 or 4 bits, multiplied with activations of 8 bits.
 //!
-//! Weights ([`matrix::QuantMatrix`]) and activations ([`rows::QuantRows`]) are integers times a scale that 32 consecutive inputs, a
+//! Weights ([`matrix::QuantPanels`]) and activations ([`rows::QuantRows`]) are integers times a scale that 32 consecutive inputs, a
 //! group, share. A product is then
 //!
 //! `sum = fma(dot as f32, weight_scale * activation_scale, sum)` over ascending groups, from zero,

@@ -49,32 +49,25 @@ impl QuantWidth {
     }
 }
 
-/// A matrix `[outputs, inputs]` of integers with a scale per output and group of inputs.
+/// Panels of integers with a scale per output and group of inputs.
 #[derive(Debug)]
-pub(super) struct QuantMatrix {
+pub(super) struct QuantPanels {
     pub(super) width: QuantWidth,
-    pub(super) outputs: usize,
     pub(super) inputs: usize,
-    /// `[panels, groups, width.lines()]`
-    quants: Pages,
-    /// `[panels, groups]`
-    scales: Pages,
+    /// For each panel, its quants, `[groups, width.lines()]`, then its scales, `[groups]`.
+    lines: Pages,
 }
 
-impl QuantMatrix {
-    pub(super) fn zeroed(width: QuantWidth, outputs: usize, inputs: usize) -> Self {
-        let lines = outputs.div_ceil(PANEL) * inputs.div_ceil(GROUP);
-        let (quants, scales) = (Pages::zeroed(lines * width.lines() * LANES), Pages::zeroed(lines * LANES));
-        Self { width, outputs, inputs, quants, scales }
+impl QuantPanels {
+    /// `count` panels of zeros.
+    pub(super) fn zeroed(width: QuantWidth, count: usize, inputs: usize) -> Self {
+        let lines = count * inputs.div_ceil(GROUP) * (width.lines() + 1);
+        Self { width, inputs, lines: Pages::zeroed(lines * LANES) }
     }
 
     /// Memory the weights and their scales take, padding included.
     pub(super) fn bytes(&self) -> usize {
-        size_of_val(&*self.quants) + size_of_val(&*self.scales)
-    }
-
-    pub(super) fn panels(&self) -> usize {
-        self.outputs.div_ceil(PANEL)
+        size_of_val(&*self.lines)
     }
 
     pub(super) fn groups(&self) -> usize {
@@ -83,16 +76,15 @@ impl QuantMatrix {
 
     /// The quants and the scales of one panel: `[groups, width.lines()]` and `[groups]`.
     pub(super) fn panel(&self, index: usize) -> (&[Line], &[Line]) {
-        let (groups, lines) = (self.groups(), self.width.lines());
-        let (quants, scales) = (self.quants.as_chunks().0, self.scales.as_chunks().0);
-        (&quants[index * groups * lines..][..groups * lines], &scales[index * groups..][..groups])
+        let (quants, scales) = (self.groups() * self.width.lines(), self.groups());
+        self.lines.as_chunks().0[index * (quants + scales)..][..quants + scales].split_at(quants)
     }
 
     /// Fills panel `index` with up to [`PANEL`] rows of little-endian bf16. What it pads has scales of zero.
     pub(super) fn fill(&mut self, index: usize, rows: &[u8]) {
         let (groups, lines) = (self.groups(), self.width.lines());
-        let quants = &mut self.quants.as_chunks_mut::<LANES>().0[index * groups * lines..][..groups * lines];
-        let scales = &mut self.scales.as_chunks_mut::<LANES>().0[index * groups..][..groups];
+        let panel = &mut self.lines.as_chunks_mut::<LANES>().0[index * groups * (lines + 1)..][..groups * (lines + 1)];
+        let (quants, scales) = panel.split_at_mut(groups * lines);
         for (group, (quants, scales)) in quants.chunks_exact_mut(lines).zip(scales).enumerate() {
             for (lane, row) in rows.chunks_exact(self.inputs * 2).enumerate() {
                 let values = &row[group * GROUP * 2..];
@@ -170,11 +162,10 @@ fn group(width: QuantWidth, values: &[u8]) -> (u16, [u8; GROUP]) {
 }
 
 #[cfg(test)]
-impl QuantMatrix {
-    /// One row of the matrix: each weight's integer and its scale.
-    pub(super) fn quants_and_scales(&self, output: usize) -> impl Iterator<Item = (i32, f32)> + '_ {
-        let (quants, scales) = self.panel(output / PANEL);
-        let lane = output % PANEL;
+impl QuantPanels {
+    /// One output of a panel: each weight's integer and its scale.
+    pub(super) fn quants_and_scales(&self, panel: usize, lane: usize) -> impl Iterator<Item = (i32, f32)> + '_ {
+        let (quants, scales) = self.panel(panel);
         (0..self.inputs).map(move |input| {
             let group = input / GROUP;
             let lines = &quants[group * self.width.lines()..][..self.width.lines()];
@@ -193,16 +184,16 @@ mod tests {
         values.iter().flat_map(|&value| bf16::from_f32(value).to_le_bytes()).collect()
     }
 
-    fn matrix(width: QuantWidth, bytes: &[u8], outputs: usize, inputs: usize) -> QuantMatrix {
-        let mut matrix = QuantMatrix::zeroed(width, outputs, inputs);
+    fn matrix(width: QuantWidth, bytes: &[u8], outputs: usize, inputs: usize) -> QuantPanels {
+        let mut matrix = QuantPanels::zeroed(width, outputs.div_ceil(PANEL), inputs);
         for (panel, rows) in bytes.chunks(PANEL * inputs * 2).enumerate() {
             matrix.fill(panel, rows);
         }
         matrix
     }
 
-    fn row(matrix: &QuantMatrix, output: usize) -> Vec<f32> {
-        matrix.quants_and_scales(output).map(|(quant, scale)| quant as f32 * scale).collect()
+    fn row(matrix: &QuantPanels, output: usize) -> Vec<f32> {
+        matrix.quants_and_scales(output / PANEL, output % PANEL).map(|(quant, scale)| quant as f32 * scale).collect()
     }
 
     #[test]

@@ -4,7 +4,7 @@ use half::bf16;
 use proptest::prelude::*;
 
 use super::kernel::{Kernel, kernel, scalar};
-use super::matrix::QuantMatrix;
+use super::matrix::QuantPanels;
 use super::rows::quantise;
 use super::{GROUP, QuantExpert, QuantWidth};
 use crate::exp::exp;
@@ -48,27 +48,29 @@ fn expert(seed: u64, width: QuantWidth, hidden: usize, inter: usize) -> QuantExp
     pack(width, hidden, inter, [&gate, &up, &down])
 }
 
-/// One row times a matrix, by the definition.
-fn product(x: &[f32], w: &QuantMatrix) -> Vec<f32> {
+/// One row times the outputs of a matrix whose panel `p` is the one numbered `panel(p)`, by the definition.
+fn product(x: &[f32], w: &QuantPanels, outputs: usize, panel: impl Fn(usize) -> usize) -> Vec<f32> {
     let groups: Vec<_> = x.chunks(GROUP).map(|values| quantise(values, 0)).collect();
-    let output = |output| {
-        let row: Vec<(i32, f32)> = w.quants_and_scales(output).collect();
+    let output = |output: usize| {
+        let row: Vec<(i32, f32)> = w.quants_and_scales(panel(output / PANEL), output % PANEL).collect();
         groups.iter().zip(row.chunks(GROUP)).fold(0.0_f32, |sum, (x, w)| {
             let dot: i32 = x.quants.iter().zip(w).map(|(x, w)| i32::from(*x) * w.0).sum();
             (dot as f32).mul_add(w[0].1 * x.scale, sum)
         })
     };
-    (0..w.outputs).map(output).collect()
+    (0..outputs).map(output).collect()
 }
 
 /// Each row's result by the definition.
 fn oracle(expert: &QuantExpert, x: &[f32]) -> Vec<f32> {
+    let (hidden, inter) = (expert.gate_up.inputs, expert.down.inputs);
     let row = |x: &[f32]| {
-        let (gate, up) = (product(x, &expert.gate), product(x, &expert.up));
+        let gate = product(x, &expert.gate_up, inter, |panel| 2 * panel);
+        let up = product(x, &expert.gate_up, inter, |panel| 2 * panel + 1);
         let gated: Vec<f32> = gate.iter().zip(up).map(|(gate, up)| gate / (1.0 + exp(-gate)) * up).collect();
-        product(&gated, &expert.down)
+        product(&gated, &expert.down, hidden, |panel| panel)
     };
-    x.chunks_exact(expert.gate.inputs).flat_map(row).collect()
+    x.chunks_exact(hidden).flat_map(row).collect()
 }
 
 /// The bits, with one form for every NaN.

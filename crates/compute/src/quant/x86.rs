@@ -7,18 +7,18 @@
 #![expect(clippy::cast_ptr_alignment, reason = "the loads are those for unaligned addresses")]
 
 use std::arch::x86_64::{
-    __m256i, __m512i, _mm256_add_epi16, _mm256_add_epi32, _mm256_and_si256, _mm256_castsi256_ps, _mm256_cvtepi32_ps,
-    _mm256_dpbusd_avx_epi32, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_madd_epi16,
-    _mm256_maddubs_epi16, _mm256_mul_ps, _mm256_set1_epi8, _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps,
-    _mm256_setzero_si256, _mm256_slli_epi32, _mm256_srli_epi16, _mm256_storeu_ps, _mm512_and_si512,
-    _mm512_castsi512_ps, _mm512_cvtepi32_ps, _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512,
-    _mm512_mul_ps, _mm512_set1_epi8, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_si512, _mm512_slli_epi32,
-    _mm512_srli_epi16, _mm512_storeu_ps,
+    __m256i, __m512i, _MM_HINT_T0, _mm_prefetch, _mm256_add_epi16, _mm256_add_epi32, _mm256_and_si256,
+    _mm256_castsi256_ps, _mm256_cvtepi32_ps, _mm256_dpbusd_avx_epi32, _mm256_fmadd_ps, _mm256_loadu_ps,
+    _mm256_loadu_si256, _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_mul_ps, _mm256_set1_epi8, _mm256_set1_epi16,
+    _mm256_set1_epi32, _mm256_set1_ps, _mm256_setzero_si256, _mm256_slli_epi32, _mm256_srli_epi16, _mm256_storeu_ps,
+    _mm512_and_si512, _mm512_castsi512_ps, _mm512_cvtepi32_ps, _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_loadu_ps,
+    _mm512_loadu_si512, _mm512_mul_ps, _mm512_set1_epi8, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_si512,
+    _mm512_slli_epi32, _mm512_srli_epi16, _mm512_storeu_ps,
 };
 
 use super::GROUP;
 use super::kernel::{Block, Kernel};
-use super::matrix::{LANES, QuantWidth};
+use super::matrix::{LANES, Line, QuantWidth};
 use super::rows::{Group, TILE};
 use crate::Isa;
 use crate::matmul::Row;
@@ -76,6 +76,21 @@ kernel!(by_avx512_vnni, zmm, 8: 1 2 3 4 5 6 7 8);
 kernel!(by_avx_vnni, ymm_vnni, 8: 1 2 3 4 5 6 7 8);
 kernel!(by_avx2, ymm, 4: 1 2 3 4 5 6 7 8);
 
+/// Lines that are fetched ahead of those being read: what the processor fetches by itself ends with a page.
+const AHEAD: usize = 64;
+
+/// Starts to fetch what lies ahead of one group's lines and scales. They may lie beyond the block: in what is read next.
+#[inline]
+fn fetch_ahead<const INT4: bool>(w: *const Line, scales: &Line) {
+    let lines = if INT4 { 8 } else { 16 };
+    for line in 0..lines {
+        // SAFETY: every x86-64 processor has the instruction, and it does nothing where there is no memory.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(AHEAD + line).cast()) };
+    }
+    // SAFETY: as above.
+    unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(scales).wrapping_add(AHEAD / lines).cast()) };
+}
+
 /// Some of a tile's rows.
 #[derive(Clone, Copy)]
 struct Rows {
@@ -103,8 +118,12 @@ unsafe fn zmm<const R: usize, const INT4: bool>(block: Block, rows: Rows, sums: 
         // SAFETY: there are the tile's groups of `x` and `lines` lines for each of the scales.
         let (x, w) = unsafe {
             let x = &*block.x.as_ptr().add(group * rows.all + rows.first).cast::<[Group; R]>();
-            (x, block.quants.as_ptr().add(group * lines).cast::<__m512i>())
+            (x, block.quants.as_ptr().add(group * lines))
         };
+        if block.first {
+            fetch_ahead::<INT4>(w, scales);
+        }
+        let w = w.cast::<__m512i>();
         let mut dots = [[_mm512_setzero_si512(); 2]; R];
         for r in 0..R {
             dots[r] = [_mm512_set1_epi32(x[r].start); 2];
@@ -166,8 +185,12 @@ macro_rules! ymm {
                 // SAFETY: there are the tile's groups of `x` and `lines` lines for each of the scales.
                 let (x, w) = unsafe {
                     let x = &*block.x.as_ptr().add(group * rows.all + rows.first).cast::<[Group; R]>();
-                    (x, block.quants.as_ptr().add(group * lines).cast::<__m256i>())
+                    (x, block.quants.as_ptr().add(group * lines))
                 };
+                if block.first && rows.first == 0 {
+                    fetch_ahead::<INT4>(w, scales);
+                }
+                let w = w.cast::<__m256i>();
                 for v in 0..VECTORS {
                     // SAFETY: a quad of the panel has `VECTORS` vectors, a line of scales two.
                     let (dots, words) = unsafe {
