@@ -194,7 +194,7 @@ impl Drop for Server {
 /// The client's side of one connection.
 enum Client {
     Floor(TcpStream, Vec<u8>),
-    Hop(Stream),
+    Hop(Box<Stream>),
 }
 
 impl Client {
@@ -204,7 +204,7 @@ impl Client {
             socket.set_nodelay(true)?;
             return Ok(Self::Floor(socket, Vec::new()));
         }
-        Ok(Self::Hop(Stream::open(address).await?))
+        Ok(Self::Hop(Box::new(Stream::open(address).await?)))
     }
 
     /// There and back again with `rows`.

@@ -8,7 +8,10 @@ use tonic::transport::{Channel, Endpoint};
 pub const MAX_MESSAGE_BYTES: usize = 512 << 20;
 
 /// Largest HTTP/2 frame: fewer, larger frames cost less per byte.
-pub(crate) const MAX_FRAME_BYTES: u32 = (1 << 24) - 1;
+pub(crate) const MAX_FRAME_BYTES: u32 = 1 << 20;
+
+/// The same between nodes, the most there can be: rows that arrive in one frame are used where they arrived.
+pub(crate) const MAX_ROWS_FRAME_BYTES: u32 = (1 << 24) - 1;
 
 /// Bytes a peer may send before it waits for us.
 pub(crate) const WINDOW_BYTES: u32 = 16 << 20;

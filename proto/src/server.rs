@@ -14,7 +14,7 @@ use tonic::transport::server::Connected;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
-use crate::channel::{KEEPALIVE, MAX_FRAME_BYTES, WINDOW_BYTES};
+use crate::channel::{KEEPALIVE, MAX_FRAME_BYTES, MAX_ROWS_FRAME_BYTES, WINDOW_BYTES};
 use crate::socket::Socket;
 
 /// The services of one server under construction.
@@ -96,12 +96,13 @@ impl Services {
             }
             stream
         });
-        self.serve_incoming(incoming, shutdown, grace).await
+        self.serve_incoming(incoming, MAX_FRAME_BYTES, shutdown, grace).await
     }
 
     async fn serve_incoming<I>(
         self,
         incoming: impl Stream<Item = std::io::Result<I>>,
+        max_frame_bytes: u32,
         shutdown: CancellationToken,
         grace: Duration,
     ) -> Result<(), tonic::transport::Error>
@@ -113,7 +114,7 @@ impl Services {
         let serving = Server::builder()
             .initial_stream_window_size(WINDOW_BYTES)
             .initial_connection_window_size(WINDOW_BYTES)
-            .max_frame_size(MAX_FRAME_BYTES)
+            .max_frame_size(max_frame_bytes)
             .http2_keepalive_interval(Some(interval))
             .http2_keepalive_timeout(Some(timeout))
             .add_routes(routes)
@@ -150,7 +151,7 @@ impl Services {
             let result = runtime.block_on(async {
                 let incoming = TcpListenerStream::new(TcpListener::from_std(listener)?);
                 let incoming = incoming.map(|stream| stream.and_then(Socket::of_server));
-                Ok(self.serve_incoming(incoming, shutdown, grace).await?)
+                Ok(self.serve_incoming(incoming, MAX_ROWS_FRAME_BYTES, shutdown, grace).await?)
             });
             drop(runtime);
             // Nobody listens any more when the future was dropped.

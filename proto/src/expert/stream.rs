@@ -18,7 +18,7 @@ use tonic::{Code, Status};
 
 use super::message::Inbox;
 use super::{DISPATCH_PATH, DispatchRequest, DispatchResponse, Refusal, wire};
-use crate::channel::{CONNECT_TIMEOUT, KEEPALIVE, MAX_FRAME_BYTES, WINDOW_BYTES};
+use crate::channel::{CONNECT_TIMEOUT, KEEPALIVE, MAX_ROWS_FRAME_BYTES, WINDOW_BYTES};
 use crate::socket::Socket;
 
 /// Why a stream cannot be used, or not any more.
@@ -79,7 +79,7 @@ impl Stream {
         builder
             .initial_window_size(WINDOW_BYTES)
             .initial_connection_window_size(WINDOW_BYTES)
-            .max_frame_size(MAX_FRAME_BYTES)
+            .max_frame_size(MAX_ROWS_FRAME_BYTES)
             .enable_push(false);
         let (mut client, mut connection) = builder.handshake(socket).await.map_err(broken)?;
         let request = http::Request::post(format!("http://{authority}{DISPATCH_PATH}"))
