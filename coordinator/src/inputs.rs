@@ -103,7 +103,7 @@ impl Inputs {
             shape: Shape {
                 layers: spec.num_hidden_layers,
                 experts: spec.num_local_experts,
-                expert_bytes: spec.expert_bytes(),
+                expert_bytes: model.expert_bytes(),
             },
             ids,
             nodes,
@@ -234,10 +234,11 @@ impl Inputs {
     }
 }
 
-/// The expert nodes that a placement may use: those that read the cluster's checkpoint, are not leaving and not drained.
+/// The expert nodes that a placement may use: those that read the cluster's checkpoint and keep its
+/// experts as the cluster does, are not leaving and not drained.
 pub(crate) fn usable<'a>(state: &'a ClusterState, model: &'a ModelIdentity) -> impl Iterator<Item = &'a Member> {
     state.members(Role::Expert).filter(|member| {
-        let ours = member.model.as_ref().is_some_and(|theirs| theirs.fingerprint == model.fingerprint);
+        let ours = member.model.as_ref().is_some_and(|theirs| theirs.has_experts_of(model));
         let drained = state.cordon(&member.id).is_some_and(|cordon| cordon.drain);
         ours && !drained && member.state != MemberState::Draining
     })
@@ -272,6 +273,7 @@ fn imagined(members: &[Member], count: usize) -> Vec<Member> {
 fn digest(model: &ModelIdentity, members: &[Member], nodes: &[PlanNode], min_replicas: &[u32]) -> String {
     let mut hash = Sha256::new();
     hash.update(model.fingerprint.0);
+    hash.update(model.expert_dtype.as_str());
     for (member, node) in members.iter().zip(nodes) {
         let PlanNode { capacity_bytes, experts_per_layer, speed, zone: _, cordoned } = node;
         let zone = member.zone.as_deref().unwrap_or_default();

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use sirocco_store::ClusterState;
-use sirocco_types::{Bytes, ExpertKey, NodeId, Role};
+use sirocco_types::{Bytes, ExpertKey, ModelIdentity, NodeId, Role};
 
 use crate::reconcile::{has_usable_nodes, missing};
 
@@ -24,6 +24,14 @@ pub(crate) fn problems(state: &ClusterState) -> Vec<String> {
                 "{} node {} reads checkpoint {theirs}, the cluster serves {ours}",
                 member.role, member.id
             ));
+        }
+    }
+    for member in state.members(Role::Expert) {
+        let ours = |theirs: &&ModelIdentity| theirs.fingerprint == model.fingerprint;
+        let theirs = member.model.as_ref().filter(ours).map(|theirs| theirs.expert_dtype);
+        if let Some(theirs) = theirs.filter(|theirs| *theirs != model.expert_dtype) {
+            let ours = model.expert_dtype;
+            problems.push(format!("expert node {} keeps experts as {theirs}, the cluster serves {ours}", member.id));
         }
     }
     if state.members(Role::Router).next().is_none() {
@@ -47,7 +55,7 @@ pub(crate) fn problems(state: &ClusterState) -> Vec<String> {
     if let Some(target) = state.target() {
         let unplaced: Vec<ExpertKey> = target.unplaced().collect();
         if let Some(first) = unplaced.first() {
-            let bytes = Bytes(unplaced.len() as u64 * model.spec.expert_bytes());
+            let bytes = Bytes(unplaced.len() as u64 * model.expert_bytes());
             let count = more(unplaced.len());
             problems.push(format!("no expert node has memory for {first}{count}: {bytes} of capacity are missing"));
         }

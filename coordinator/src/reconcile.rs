@@ -8,8 +8,8 @@ use std::collections::BTreeMap;
 
 use sirocco_store::ClusterState;
 use sirocco_types::{
-    Bytes, Cordon, Epoch, EpochAbout, ExpertKey, Fingerprint, MinReplicas, ModelIdentity, NodeId, Operation,
-    OperationKind, OperationState, Placement, Role,
+    Bytes, Cordon, Epoch, EpochAbout, ExpertDtype, ExpertKey, Fingerprint, MinReplicas, ModelIdentity, NodeId,
+    Operation, OperationKind, OperationState, Placement, Role,
 };
 
 use crate::inputs::{Inputs, Planned, usable};
@@ -51,17 +51,34 @@ pub(crate) struct Signature {
 }
 
 /// The model to adopt now, before anything else can be decided: the one most members read, once no live member reads the
-/// cluster's present one. Ties go to the lowest fingerprint.
+/// cluster's present one, with the dtype most of its expert nodes keep experts as, once none keeps them as the present one. Ties
+/// go to the lowest fingerprint and the dtype with more bytes.
 pub(crate) fn model_to_adopt(state: &ClusterState) -> Option<ModelIdentity> {
     let mut readers = BTreeMap::<Fingerprint, (usize, &ModelIdentity)>::new();
     for model in state.members(Role::Router).chain(state.members(Role::Expert)).filter_map(|m| m.model.as_ref()) {
         readers.entry(model.fingerprint).or_insert((0, model)).0 += 1;
     }
-    if state.model().is_some_and(|model| readers.contains_key(&model.fingerprint)) {
-        return None;
+    let present = state.model().filter(|model| readers.contains_key(&model.fingerprint));
+    let model = match present {
+        Some(model) => model,
+        None => readers.into_values().rev().max_by_key(|(count, _)| *count)?.1,
+    };
+    let expert_dtype = expert_dtype(state, model.fingerprint, present.map(|model| model.expert_dtype));
+    let settled = present.is_some_and(|model| model.expert_dtype == expert_dtype);
+    (!settled).then(|| ModelIdentity { expert_dtype, ..model.clone() })
+}
+
+/// What a checkpoint's experts are to be kept as: as at `present` while an expert node does so.
+fn expert_dtype(state: &ClusterState, checkpoint: Fingerprint, present: Option<ExpertDtype>) -> ExpertDtype {
+    let models = state.members(Role::Expert).filter_map(|member| member.model.as_ref());
+    let kept: Vec<_> = models.filter(|m| m.fingerprint == checkpoint).map(|m| m.expert_dtype).collect();
+    match present {
+        Some(present) if kept.is_empty() || kept.contains(&present) => present,
+        _ => {
+            let nodes = |dtype: &ExpertDtype| kept.iter().filter(|kept| *kept == dtype).count();
+            ExpertDtype::ALL.into_iter().rev().max_by_key(nodes).unwrap_or_default()
+        }
     }
-    let most = readers.into_values().rev().max_by_key(|(count, _)| *count)?;
-    Some(most.1.clone())
 }
 
 /// Whether the target was planned for other nodes or limits than `inputs`, or there is none.

@@ -1,4 +1,4 @@
-//! `sirocco model`: what a checkpoint is, without loading it; and making one.
+//! `sirocco model`: what a checkpoint is, what its experts lose when they are quantised, and making one.
 
 use std::path::PathBuf;
 
@@ -8,7 +8,7 @@ use sirocco_model::{Checkpoint, Tokenizer};
 use sirocco_types::{Bytes, ModelIdentity};
 
 use crate::output::{self, Format, column, table};
-use crate::{bundled, generate_random};
+use crate::{bundled, generate_random, quality};
 
 /// What to do with a checkpoint.
 #[derive(Debug, clap::Subcommand)]
@@ -21,6 +21,8 @@ pub(crate) enum Command {
         #[arg(short, long, env = "SIROCCO_OUTPUT", value_enum, default_value_t)]
         output: Format,
     },
+    /// Measure how well a model predicts a text by what its experts are kept as
+    Quality(quality::Args),
     /// Write a Mixtral of random weights, to measure with
     GenerateRandom(generate_random::Args),
 }
@@ -39,15 +41,13 @@ struct Inspection {
 pub(crate) async fn run(command: Command) -> Result<()> {
     match command {
         Command::Inspect { folder, output } => inspect(folder, output),
+        Command::Quality(args) => quality::run(args).await,
         Command::GenerateRandom(args) => generate_random::run(args).await,
     }
 }
 
 fn inspect(folder: Option<PathBuf>, format: Format) -> Result<()> {
-    let folder = match folder {
-        Some(folder) => folder,
-        None => bundled::folder()?,
-    };
+    let folder = folder.map_or_else(bundled::folder, Ok)?;
     let checkpoint = Checkpoint::open(&folder)?;
     Tokenizer::load(&folder, checkpoint.spec())?;
     let spec = checkpoint.spec();

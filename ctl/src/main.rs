@@ -9,6 +9,7 @@ mod generate_random;
 mod inspect;
 mod keys;
 mod output;
+mod quality;
 mod random;
 mod simulate;
 mod terminal;

@@ -176,7 +176,7 @@ mod tests {
     use sirocco_process::http::Health;
     use sirocco_process::metrics::Page;
     use sirocco_proto::expert::ExpertRows;
-    use sirocco_types::{Fingerprint, LayerId, LoadCounters, ModelSpec};
+    use sirocco_types::{ExpertDtype, Fingerprint, LayerId, LoadCounters, ModelSpec};
 
     use super::*;
     use crate::testing;
@@ -197,7 +197,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_ran_is_counted_by_expert_and_what_was_refused_is_not() {
-        let mut packer = ExpertPacker::new(HIDDEN, HIDDEN);
+        let mut packer = ExpertPacker::new(ExpertDtype::Bf16, HIDDEN, HIDDEN);
         ExpertMatrix::ALL.into_iter().for_each(|matrix| packer.push_rows(matrix, &[0; 2 * HIDDEN * HIDDEN]));
         let weights = Arc::new(packer.finish());
         let key = |expert| ExpertKey { layer: LayerId(1), expert: ExpertId(expert) };

@@ -64,11 +64,10 @@ impl Departure {
 
 /// Why the draining node `id` may leave now; none while something depends on it.
 fn may_leave(state: &ClusterState, id: &NodeId) -> Option<&'static str> {
-    let served = state.model().map(|model| model.fingerprint);
     let takes_over = |member: &Member| {
         member.id != *id
             && member.state != MemberState::Draining
-            && member.model.as_ref().map(|model| model.fingerprint) == served
+            && member.model.as_ref().zip(state.model()).is_some_and(|(theirs, served)| theirs.has_experts_of(served))
     };
     if state.needed_on(id).is_empty() {
         Some("no expert is served or loaded here")

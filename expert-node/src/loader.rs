@@ -11,7 +11,7 @@ use arc_swap::ArcSwap;
 use sirocco_model::Checkpoint;
 use sirocco_process::http::Health;
 use sirocco_store::{ClusterState, Keys, Registration, to_json};
-use sirocco_types::{ExpertHoldings, ExpertKey, NodeId, RefusedExpert};
+use sirocco_types::{ExpertDtype, ExpertHoldings, ExpertKey, NodeId, RefusedExpert};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -26,6 +26,8 @@ pub(crate) struct Loader {
     pub(crate) id: NodeId,
     pub(crate) keys: Keys,
     pub(crate) checkpoint: Arc<Checkpoint>,
+    /// What the experts are kept as.
+    pub(crate) dtype: ExpertDtype,
     pub(crate) held: Arc<ArcSwap<Held>>,
     pub(crate) registration: Arc<Registration>,
     pub(crate) health: Health,
@@ -85,9 +87,9 @@ impl Loader {
             if !serves {
                 self.health.not_ready(format!("loading expert {} of {}", index + 1, missing.len()));
             }
-            let checkpoint = Arc::clone(&self.checkpoint);
+            let (checkpoint, dtype) = (Arc::clone(&self.checkpoint), self.dtype);
             let began = Instant::now();
-            match tokio::task::spawn_blocking(move || checkpoint.load_expert(key)).await {
+            match tokio::task::spawn_blocking(move || checkpoint.load_expert(key, dtype)).await {
                 Ok(Ok(weights)) => {
                     self.metrics.loaded(began.elapsed());
                     let weights = Arc::new(weights);

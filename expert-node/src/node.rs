@@ -15,7 +15,7 @@ use sirocco_proto::channel::MAX_MESSAGE_BYTES;
 use sirocco_proto::expert::ExpertServiceServer;
 use sirocco_proto::server::Services;
 use sirocco_store::{ClusterState, Keys, LEASE_TTL, Mirror, Registration, Store, StoreError, to_json};
-use sirocco_types::{Device, Member, MemberState, NodeId, NodeIdError, Role};
+use sirocco_types::{Device, ExpertDtype, Member, MemberState, ModelIdentity, NodeId, NodeIdError, Role};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::{AbortOnDropHandle, TaskTracker};
@@ -51,6 +51,10 @@ pub struct Config {
     /// Most experts of one layer to hold [default: any number]
     #[arg(long, env = "SIROCCO_MAX_EXPERTS_PER_LAYER", value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub max_experts_per_layer: Option<u32>,
+    /// What to keep expert weights as: bf16 as stored, or int8 or int4, which take half and a quarter of the memory and change the
+    /// answers a little. All nodes of a cluster have the same
+    #[arg(long, env = "SIROCCO_EXPERT_DTYPE", value_name = "bf16|int8|int4", default_value_t)]
+    pub expert_dtype: ExpertDtype,
     /// Failure domain; replicas of one expert go to different ones
     #[arg(long, env = "SIROCCO_ZONE", value_name = "NAME")]
     pub zone: Option<String>,
@@ -115,12 +119,12 @@ pub async fn start(
         version: env!("CARGO_PKG_VERSION").to_owned(),
         incarnation: sirocco_process::incarnation(),
         zone: config.zone.clone(),
-        device: Some(Device { kind: "cpu".into(), name: cpu_description(config.threads) }),
+        device: Some(Device { kind: "cpu".into(), name: device_name(&config) }),
         capacity_bytes: Some(config.capacity_bytes.unwrap_or_else(default_capacity)),
         speed: Some(config.speed),
         max_experts_per_layer: config.max_experts_per_layer,
         serving_epoch: None,
-        model: Some(checkpoint.identity().clone()),
+        model: Some(ModelIdentity { expert_dtype: config.expert_dtype, ..checkpoint.identity().clone() }),
     };
     let health = Health::new("expert-node", &args.id);
     let member_key = keys.member(Role::Expert, &id);
@@ -152,6 +156,7 @@ pub async fn start(
         id: id.clone(),
         keys: keys.clone(),
         checkpoint: Arc::clone(&checkpoint),
+        dtype: config.expert_dtype,
         held: Arc::clone(&held),
         registration: Arc::clone(&registration),
         health: health.clone(),
@@ -217,6 +222,15 @@ impl Life {
             return Err("the compute thread failed".into());
         }
         Ok(served?)
+    }
+}
+
+/// What the node computes with, for people to read.
+fn device_name(config: &Config) -> String {
+    let cpu = cpu_description(config.threads);
+    match config.expert_dtype {
+        ExpertDtype::Bf16 => cpu,
+        quantised => format!("{cpu}, {quantised} experts"),
     }
 }
 

@@ -2,8 +2,8 @@
 
 use sirocco_store::{ClusterState, Keys, to_json};
 use sirocco_types::{
-    Dtype, Epoch, EpochRef, Fingerprint, LayerId, LayerPlacement, Member, MemberState, ModelIdentity, ModelSpec,
-    NodeId, PlacementKind, Role,
+    Dtype, Epoch, EpochRef, ExpertDtype, Fingerprint, LayerId, LayerPlacement, Member, MemberState, ModelIdentity,
+    ModelSpec, NodeId, PlacementKind, Role,
 };
 
 /// A checkpoint that the cluster does not serve.
@@ -90,7 +90,12 @@ impl Cluster {
 }
 
 fn model(fingerprint: u8) -> ModelIdentity {
-    ModelIdentity { name: "tiny".into(), fingerprint: Fingerprint([fingerprint; 32]), spec: spec() }
+    ModelIdentity {
+        name: "tiny".into(),
+        fingerprint: Fingerprint([fingerprint; 32]),
+        spec: spec(),
+        expert_dtype: ExpertDtype::Bf16,
+    }
 }
 
 /// The shape of the model that the cluster serves.

@@ -27,7 +27,7 @@ impl From<&ModelIdentity> for wire::Model {
             layers: model.spec.num_hidden_layers as u32,
             experts_per_layer: model.spec.num_local_experts as u32,
             experts_per_token: model.spec.num_experts_per_tok as u32,
-            expert_bytes: model.spec.expert_bytes(),
+            expert_bytes: model.expert_bytes(),
         }
     }
 }

@@ -233,7 +233,7 @@ impl InferenceService for Api {
         mut request: Request<wire::ListModelsRequest>,
     ) -> Result<Response<wire::ListModelsResponse>, Status> {
         let call = Call::of(&mut request)?;
-        let ModelIdentity { name, fingerprint, spec } = &*self.intake.model;
+        let ModelIdentity { name, fingerprint, spec, .. } = &*self.intake.model;
         let model = wire::Model {
             name: name.clone(),
             fingerprint: fingerprint.to_string(),

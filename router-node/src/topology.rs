@@ -126,7 +126,8 @@ pub(crate) async fn follow(
 pub(crate) mod tests {
     use sirocco_store::{Keys, to_json};
     use sirocco_types::{
-        EpochRef, ExpertId, Fingerprint, LayerId, LayerPlacement, Member, MemberState, ModelIdentity, PlacementKind,
+        EpochRef, ExpertDtype, ExpertId, Fingerprint, LayerId, LayerPlacement, Member, MemberState, ModelIdentity,
+        PlacementKind,
     };
 
     use super::*;
@@ -142,7 +143,12 @@ pub(crate) mod tests {
     fn placed(epoch: Epoch, nodes: &[(&str, Option<u32>)]) -> ClusterState {
         let keys = Keys::new("demo").unwrap();
         let ids: Vec<NodeId> = nodes.iter().map(|(name, _)| NodeId::new(name).unwrap()).collect();
-        let model = ModelIdentity { name: "tiny".into(), fingerprint: Fingerprint([7; 32]), spec: spec() };
+        let model = ModelIdentity {
+            name: "tiny".into(),
+            fingerprint: Fingerprint([7; 32]),
+            spec: spec(),
+            expert_dtype: ExpertDtype::Bf16,
+        };
         let layer = to_json(&LayerPlacement { experts: vec![ids.clone(); model.spec.num_local_experts] });
         let mut entries = vec![
             (keys.model(), to_json(&model)),

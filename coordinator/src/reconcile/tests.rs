@@ -5,7 +5,7 @@ use serde_json::json;
 
 use super::*;
 use crate::operations::Request;
-use crate::testing::{Cluster, router};
+use crate::testing::{Cluster, model, router};
 
 fn named(actions: &[Action]) -> String {
     let name = |action: &Action| match action {
@@ -44,6 +44,38 @@ fn serving_flips_only_when_every_expert_of_the_target_is_held() {
     assert_eq!(step(&mut cluster), "place-done");
     cluster.follow();
     assert_eq!(step(&mut cluster), "");
+}
+
+#[test]
+fn experts_of_one_dtype_serve_and_a_node_with_another_gets_none_until_the_last_of_them_is_gone() {
+    let as_dtype = |dtype: &str| {
+        let mut model = model(7);
+        model["expert_dtype"] = dtype.into();
+        json!({ "model": model })
+    };
+    let mut cluster = Cluster::default();
+    cluster.entries.put("members/router/r", &router("r", None));
+    assert_eq!(step(&mut cluster), "adopt");
+    cluster.entries.join_with("a", 7, &as_dtype("int8"));
+    assert_eq!(step(&mut cluster), "adopt", "the first expert node decides");
+    assert_eq!(cluster.state().model().unwrap().expert_bytes(), 3 * 2 * 2 * 17 / 16);
+    cluster.settle();
+    cluster.entries.join_with("b", 7, &as_dtype("int4"));
+    cluster.entries.join("c", 7);
+    assert_eq!(step(&mut cluster), "");
+    let problems = crate::problems::problems(&cluster.state());
+    assert!(
+        problems.contains(&"expert node b keeps experts as int4, the cluster serves int8".to_owned()),
+        "{problems:?}"
+    );
+    assert!(
+        problems.contains(&"expert node c keeps experts as bf16, the cluster serves int8".to_owned()),
+        "{problems:?}"
+    );
+    cluster.entries.leave("a");
+    cluster.entries.leave("c");
+    assert_eq!(step(&mut cluster), "adopt");
+    assert_eq!(cluster.state().model().unwrap().expert_dtype, ExpertDtype::Int4);
 }
 
 #[test]

@@ -5,10 +5,12 @@
 
 mod floors;
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use floors::{Memory, multiply_adds};
 use sirocco_compute::{ExpertMatrix, ExpertPacker, ExpertWeights, Isa, PackedMatrix, Pool, matmul};
+use sirocco_types::ExpertDtype;
 
 const HIDDEN: usize = 1024;
 const INTER: usize = 3584;
@@ -90,12 +92,14 @@ fn print(name: &str, measured: f64, floor: f64, unit: &str) {
     println!(r#"{{"name":"{name}","measured":{measured:.2},"floor":{floor:.2},"unit":"{unit}"}}"#);
 }
 
-/// Seconds of one forward pass, each over another expert; more passes when they are short.
+/// Seconds of one forward pass, each over the expert that was used longest ago; more passes when they are short.
 fn ffn(experts: &[ExpertWeights], rows: usize, pool: &Pool) -> f64 {
     let x = activations(rows);
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
     let passes = (EXPERTS / rows).max(2);
+    let first = NEXT.fetch_add(passes, Ordering::Relaxed) % EXPERTS;
     let since = Instant::now();
-    for expert in experts.iter().cycle().skip(rows % EXPERTS).take(passes) {
+    for expert in experts.iter().cycle().skip(first).take(passes) {
         std::hint::black_box(expert.forward(&x, pool));
     }
     since.elapsed().as_secs_f64() / passes as f64
@@ -117,7 +121,7 @@ fn activations(rows: usize) -> Vec<f32> {
 }
 
 fn expert(seed: u64) -> ExpertWeights {
-    let mut packer = ExpertPacker::new(HIDDEN, INTER);
+    let mut packer = ExpertPacker::new(ExpertDtype::Bf16, HIDDEN, INTER);
     for matrix in ExpertMatrix::ALL {
         let (outputs, inputs) = packer.shape(matrix);
         let rows = weights(ExpertPacker::ROWS * inputs, seed);

@@ -1,26 +1,41 @@
 //! One expert: a SwiGLU feed-forward network.
 
+use sirocco_types::ExpertDtype;
+
 use crate::Pool;
 use crate::disjoint::Disjoint;
 use crate::exp::exp;
 use crate::matmul::{ROWS, Row, Tiles, Tiling, multiply, multiply_into};
 use crate::packed::{PANEL, Panels, fill};
+use crate::quant::{QuantExpert, QuantWidth};
 use crate::wide::wide;
 
 /// The weights of one expert, packed as its kernels read them.
 #[derive(Debug)]
-pub struct ExpertWeights(Bf16Expert);
+pub struct ExpertWeights(Weights);
+
+#[derive(Debug)]
+enum Weights {
+    Bf16(Bf16Expert),
+    Quant(QuantExpert),
+}
 
 impl ExpertWeights {
     /// Memory the weights take.
     pub fn bytes(&self) -> usize {
-        self.0.gate_up.bytes() + self.0.down.bytes()
+        match &self.0 {
+            Weights::Bf16(expert) => expert.gate_up.bytes() + expert.down.bytes(),
+            Weights::Quant(expert) => expert.bytes(),
+        }
     }
 
     /// `down(silu(gate(x)) * up(x))` of each row of `x`, `[rows, hidden_size]`, in the same shape. A row's result does not
     /// depend on the rows beside it. Source: GLU Variants Improve Transformer, arXiv 2002.05202.
     pub fn forward(&self, x: &[f32], pool: &Pool) -> Vec<f32> {
-        self.0.forward(x, pool)
+        match &self.0 {
+            Weights::Bf16(expert) => expert.forward(x, pool),
+            Weights::Quant(expert) => expert.forward(x, pool),
+        }
     }
 }
 
@@ -43,7 +58,9 @@ impl ExpertMatrix {
 /// Builds [`ExpertWeights`] from rows of its matrices as they are read, so that no second copy is needed.
 #[derive(Debug)]
 pub struct ExpertPacker {
-    expert: Bf16Expert,
+    weights: Weights,
+    hidden: usize,
+    inter: usize,
     /// Rows pushed of each [`ExpertMatrix`].
     rows: [usize; 3],
 }
@@ -52,27 +69,30 @@ impl ExpertPacker {
     /// Rows are pushed in multiples of this many, but for the last push of a matrix.
     pub const ROWS: usize = PANEL;
 
-    /// A packer for an expert of this shape.
-    pub fn new(hidden_size: usize, intermediate_size: usize) -> Self {
-        Self { expert: Bf16Expert::zeroed(hidden_size, intermediate_size), rows: [0; 3] }
+    /// A packer for an expert of this shape, which it keeps as `dtype`.
+    pub fn new(dtype: ExpertDtype, hidden_size: usize, intermediate_size: usize) -> Self {
+        let quantised = |width| Weights::Quant(QuantExpert::zeroed(width, hidden_size, intermediate_size));
+        let weights = match dtype {
+            ExpertDtype::Bf16 => Weights::Bf16(Bf16Expert::zeroed(hidden_size, intermediate_size)),
+            ExpertDtype::Int8 => quantised(QuantWidth::Int8),
+            ExpertDtype::Int4 => quantised(QuantWidth::Int4),
+        };
+        Self { weights, hidden: hidden_size, inter: intermediate_size, rows: [0; 3] }
     }
 
     /// `[outputs, inputs]` of a matrix.
     pub fn shape(&self, matrix: ExpertMatrix) -> (usize, usize) {
-        let (hidden, inter) = (self.expert.gate_up.inputs(), self.expert.down.inputs());
-        if matrix == ExpertMatrix::Down { (hidden, inter) } else { (inter, hidden) }
+        if matrix == ExpertMatrix::Down { (self.hidden, self.inter) } else { (self.inter, self.hidden) }
     }
 
     /// Adds rows of little-endian bf16 to a matrix: a multiple of [`ExpertPacker::ROWS`], or all that are missing. Panics when
     /// it is neither.
     pub fn push_rows(&mut self, matrix: ExpertMatrix, bytes: &[u8]) {
         let (outputs, inputs) = self.shape(matrix);
-        let Bf16Expert { gate_up, down } = &mut self.expert;
         let rows = &mut self.rows[matrix as usize];
-        *rows = fill(bytes, inputs, *rows, outputs, |panel, rows| match matrix {
-            ExpertMatrix::Gate => gate_up.fill(2 * panel, rows),
-            ExpertMatrix::Up => gate_up.fill(2 * panel + 1, rows),
-            ExpertMatrix::Down => down.fill(panel, rows),
+        *rows = fill(bytes, inputs, *rows, outputs, |panel, rows| match &mut self.weights {
+            Weights::Bf16(expert) => expert.fill(matrix, panel, rows),
+            Weights::Quant(expert) => expert.fill(matrix, panel, rows),
         });
     }
 
@@ -81,7 +101,7 @@ impl ExpertPacker {
         for matrix in ExpertMatrix::ALL {
             assert_eq!(self.rows[matrix as usize], self.shape(matrix).0, "every row of {matrix:?} was pushed");
         }
-        ExpertWeights(self.expert)
+        ExpertWeights(self.weights)
     }
 }
 
@@ -98,6 +118,15 @@ impl Bf16Expert {
         Self {
             gate_up: Panels::zeroed(2 * inter.div_ceil(PANEL), hidden),
             down: Panels::zeroed(hidden.div_ceil(PANEL), inter),
+        }
+    }
+
+    /// Fills a panel of `matrix` with up to [`PANEL`] rows of little-endian bf16.
+    fn fill(&mut self, matrix: ExpertMatrix, panel: usize, rows: &[u8]) {
+        match matrix {
+            ExpertMatrix::Gate => self.gate_up.fill(2 * panel, rows),
+            ExpertMatrix::Up => self.gate_up.fill(2 * panel + 1, rows),
+            ExpertMatrix::Down => self.down.fill(panel, rows),
         }
     }
 
@@ -139,7 +168,7 @@ impl Bf16Expert {
 
 wide! {
     /// Multiplies the silu of each of `gate` with its `up`.
-    fn silu_times(gate: &mut Row, up: &Row) = each
+    pub(crate) fn silu_times(gate: &mut Row, up: &Row) = each
 }
 
 #[expect(clippy::inline_always, reason = "compiled once per instruction set, inside the caller that enables it")]
@@ -170,7 +199,7 @@ mod tests {
 
     /// An expert of these matrices, pushed in parts.
     fn expert(hidden: usize, inter: usize, matrices: [&[f32]; 3]) -> ExpertWeights {
-        let mut packer = ExpertPacker::new(hidden, inter);
+        let mut packer = ExpertPacker::new(ExpertDtype::Bf16, hidden, inter);
         for (matrix, values) in ExpertMatrix::ALL.into_iter().zip(matrices) {
             let bytes: Vec<u8> = values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect();
             let (_, inputs) = packer.shape(matrix);

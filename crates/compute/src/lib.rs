@@ -21,6 +21,7 @@ mod norm;
 mod packed;
 mod pages;
 mod pool;
+mod quant;
 mod wide;
 
 pub use attention::{AttentionShape, BLOCK_TOKENS, KvBlocks, Query, attend, store_kv};

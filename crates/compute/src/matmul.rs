@@ -1,7 +1,7 @@
 //! Matrix multiplication: every output one ascending chain of fused multiply-adds, whatever the rows and threads.
 //!
-//! Up to as many rows as a kernel holds sums for are multiplied straight from bf16: one pass over the weights, at the speed of
-//! memory. More rows form several tiles. A block of a panel is then widened to f32 once, by the first tile, and used from the
+//! A few rows are multiplied straight from bf16: one pass over several panels at once, at the speed of memory. More rows form
+//! tiles of as many as a kernel holds sums for. A block of a panel is then widened to f32 by the first tile and used from the
 //! nearest cache by the others, while the next block is fetched; the sums wait in memory between blocks and go on where they
 //! were.
 
@@ -32,10 +32,10 @@ pub(crate) const ROWS: usize = 256;
 
 /// Inputs of a block: its f32 weights stay in the nearest cache. A multiple of a panel's outputs, which are the next matrix's
 /// inputs.
-pub(crate) const BLOCK: usize = 256;
+pub(crate) const BLOCK: usize = 128;
 
-/// Panels of a task when there are several tiles: as many share what a block of inputs costs to fetch.
-const GROUP: usize = 4;
+/// Panels of a task when there are tiles: they share what a block of inputs costs to fetch, and are fetched as so many streams.
+const GROUP: usize = Ahead::STREAMS;
 
 /// Multiplies `x`, `[rows, inputs]`, with `w` and writes `[rows, outputs]` to `out`.
 ///
@@ -77,13 +77,15 @@ pub(crate) fn multiply(
         static SUMS: RefCell<Vec<Row>> = const { RefCell::new(Vec::new()) };
     }
     let kernels = kernels(pool.isa());
-    let straight = x.count() == 1;
-    let group = if straight { kernels.side_by_side(x.rows()) } else { GROUP };
-    let group = (panels.count() / (4 * pool.threads())).min(group).next_multiple_of(unit).max(unit);
+    let straight = kernels.is_straight(x.rows());
+    let group = if straight { kernels.side_by_side(x.rows()) } else { GROUP }.max(unit);
+    // The last tasks are the smallest, so that all threads end at about the same time.
+    let large = panels.count() * 3 / 4 / group;
+    let tasks = large + (panels.count() - large * group) / unit;
     let work = x.rows() * panels.inputs() * panels.count() * PANEL;
-    pool.for_each(panels.count().div_ceil(group), work, |task| {
-        let first = task * group;
-        let count = group.min(panels.count() - first);
+    pool.for_each(tasks, work, |task| {
+        let first = task.min(large) * group + task.saturating_sub(large) * unit;
+        let count = if task < large { group } else { unit };
         let words = panels.range(first, count);
         SUMS.with_borrow_mut(|sums| {
             sums.clear();
@@ -113,13 +115,24 @@ fn by_blocks(kernels: &Kernels, x: &Tiles, words: &[u32], sums: &mut [Row]) {
         let depth = BLOCK.min(x.inputs() - start);
         let weights = &mut weights[..depth];
         for panel in 0..count {
+            let line = WORDS * size_of::<u32>();
             let words_at = |panel: usize, start: usize| &words[(panel * panel_len + start * WORDS).min(words.len())..];
-            let next = if panel + 1 < count { words_at(panel + 1, start) } else { words_at(0, start + depth) };
-            let step = WORDS * size_of::<u32>() / x.count();
+            // The next block of every panel, a part of each; or where there are not as many, parts of the next block.
+            let part = depth.div_ceil(Ahead::STREAMS) * line;
+            let (next, stride) = if count == Ahead::STREAMS {
+                (
+                    words_at(0, start + depth).as_ptr().cast::<u8>().wrapping_add(panel * part),
+                    panel_len * size_of::<u32>(),
+                )
+            } else if panel + 1 < count {
+                (words_at(panel + 1, start).as_ptr().cast(), part)
+            } else {
+                (words_at(0, start + depth).as_ptr().cast(), part)
+            };
             for (tile, sums) in sums.chunks_mut(x.tile_rows() * count).enumerate() {
                 let rows = sums.len() / count;
                 let sums = &mut sums[panel * rows..][..rows];
-                let ahead = Ahead { at: next.as_ptr().cast::<u8>().wrapping_add(tile * depth * step), step };
+                let ahead = Ahead { start: next.wrapping_add(tile * part / x.count()), stride, step: line / x.count() };
                 let x = x.part(start, tile);
                 if tile == 0 {
                     kernels.widen(x, &words_at(panel, start)[..depth * WORDS], weights, sums, ahead);

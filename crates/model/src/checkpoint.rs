@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use half::bf16;
 use safetensors::tensor::{Metadata, TensorInfo};
 use sirocco_compute::{ExpertMatrix, ExpertPacker, ExpertWeights, PackedMatrix, Packer};
-use sirocco_types::{ExpertKey, Fingerprint, LayerId, ModelIdentity, ModelSpec};
+use sirocco_types::{ExpertDtype, ExpertKey, Fingerprint, LayerId, ModelIdentity, ModelSpec};
 
 use crate::config::{read_json, read_spec};
 use crate::fingerprint::fingerprint;
@@ -108,8 +108,12 @@ impl Checkpoint {
         let spec = read_spec(folder)?;
         let (shards, tensors) = open_shards(folder)?;
         let name = folder.canonicalize().ok().and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned()));
-        let identity =
-            ModelIdentity { name: name.unwrap_or_else(|| "model".into()), fingerprint: Fingerprint([0; 32]), spec };
+        let identity = ModelIdentity {
+            name: name.unwrap_or_else(|| "model".into()),
+            fingerprint: Fingerprint([0; 32]),
+            spec,
+            expert_dtype: ExpertDtype::default(),
+        };
         let mut checkpoint = Self { folder: folder.to_owned(), identity, shards, tensors };
         checkpoint.check_tensors()?;
         checkpoint.identity.fingerprint = fingerprint(&checkpoint)?;
@@ -136,9 +140,9 @@ impl Checkpoint {
         self.shards.iter().map(|shard| shard.len).sum()
     }
 
-    /// Reads one expert, and not a byte of another.
-    pub fn load_expert(&self, key: ExpertKey) -> Result<ExpertWeights, CheckpointError> {
-        let mut packer = ExpertPacker::new(self.spec().hidden_size, self.spec().intermediate_size);
+    /// Reads one expert, and not a byte of another, and keeps it as `dtype`.
+    pub fn load_expert(&self, key: ExpertKey, dtype: ExpertDtype) -> Result<ExpertWeights, CheckpointError> {
+        let mut packer = ExpertPacker::new(dtype, self.spec().hidden_size, self.spec().intermediate_size);
         for (matrix, weight) in [(ExpertMatrix::Gate, "w1"), (ExpertMatrix::Up, "w3"), (ExpertMatrix::Down, "w2")] {
             let rows = |bytes: &[u8]| packer.push_rows(matrix, bytes);
             self.read_rows(&expert_tensor(key, weight), ExpertPacker::ROWS, rows)?;

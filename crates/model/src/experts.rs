@@ -1,10 +1,9 @@
 //! The experts of a layer, wherever they are.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use sirocco_compute::{ExpertWeights, Pool, weighted_sum};
-use sirocco_types::{ExpertKey, LayerId, Routing};
+use sirocco_types::{ExpertDtype, ExpertKey, LayerId, Routing};
 
 use crate::{Checkpoint, CheckpointError};
 
@@ -47,20 +46,23 @@ pub struct LocalExperts {
 }
 
 impl LocalExperts {
-    /// Loads every expert, as many at a time as `pool` has threads.
-    pub fn load(checkpoint: &Checkpoint, pool: Pool) -> Result<Self, CheckpointError> {
+    /// Loads every expert, kept as `dtype`, on as many threads as `pool` has.
+    pub fn load(checkpoint: &Checkpoint, dtype: ExpertDtype, pool: Pool) -> Result<Self, CheckpointError> {
         let keys: Vec<ExpertKey> = checkpoint.spec().experts().collect();
-        let next = AtomicUsize::new(0);
-        let load = || {
-            let mine = std::iter::from_fn(|| keys.get(next.fetch_add(1, Ordering::Relaxed)).copied());
-            mine.map(|key| Ok((key, checkpoint.load_expert(key)?))).collect::<Result<Vec<_>, CheckpointError>>()
+        let load = |keys: &[ExpertKey]| -> Result<Vec<_>, CheckpointError> {
+            keys.iter().map(|&key| Ok((key, checkpoint.load_expert(key, dtype)?))).collect()
         };
-        let shares = std::thread::scope(|scope| {
-            let threads: Vec<_> = (0..pool.threads()).map(|_| scope.spawn(load)).collect();
-            let joined = threads.into_iter().map(|thread| thread.join().expect("loading does not panic"));
-            joined.collect::<Result<Vec<_>, _>>()
-        })?;
-        let experts = shares.into_iter().flatten().collect();
+        let parts: Vec<_> = std::thread::scope(|scope| {
+            let threads: Vec<_> = keys
+                .chunks(keys.len().div_ceil(pool.threads()).max(1))
+                .map(|keys| scope.spawn(move || load(keys)))
+                .collect();
+            threads.into_iter().map(|thread| thread.join().expect("a checkpoint is read without a panic")).collect()
+        });
+        let mut experts = HashMap::new();
+        for part in parts {
+            experts.extend(part?);
+        }
         Ok(Self { experts, hidden_size: checkpoint.spec().hidden_size, pool })
     }
 }

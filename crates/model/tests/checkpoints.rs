@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 use safetensors::tensor::{Dtype, TensorView};
 use safetensors::{SafeTensors, serialize_to_file};
 use serde_json::Value;
+use sirocco_compute::{ExpertWeights, Pool};
 use sirocco_model::{Checkpoint, Tokenizer};
-use sirocco_types::{ExpertId, ExpertKey, LayerId};
+use sirocco_types::{ExpertDtype, ExpertId, ExpertKey, LayerId};
 use tempfile::TempDir;
 
 const WEIGHTS: &str = "model.safetensors";
@@ -205,7 +206,7 @@ fn a_file_cut_after_opening_is_an_error_that_names_tensor_and_file() {
     let errors: Vec<String> = checkpoint
         .spec()
         .experts()
-        .filter_map(|key| checkpoint.load_expert(key).err().map(|error| error.to_string()))
+        .filter_map(|key| checkpoint.load_expert(key, ExpertDtype::Bf16).err().map(|error| error.to_string()))
         .collect();
     assert!(!errors.is_empty());
     for error in errors {
@@ -235,7 +236,8 @@ fn a_sharded_checkpoint_holds_the_same_weights() {
     with_tensors(dir.path(), true, |_| ());
     let (sharded, single) = (Checkpoint::open(dir.path()).unwrap(), Checkpoint::open(&tiny()).unwrap());
     for key in single.spec().experts() {
-        let (a, b) = (sharded.load_expert(key).unwrap(), single.load_expert(key).unwrap());
+        let (a, b) =
+            (sharded.load_expert(key, ExpertDtype::Bf16).unwrap(), single.load_expert(key, ExpertDtype::Bf16).unwrap());
         assert!(answer(&a, &single) == answer(&b, &single), "{key}");
     }
     std::fs::remove_file(dir.path().join("model-00002-of-00002.safetensors")).unwrap();
@@ -277,10 +279,11 @@ fn an_expert_is_read_from_its_own_bytes_alone_and_takes_no_more_memory() {
     let poisoned = Checkpoint::open(dir.path()).unwrap();
     assert_eq!(poisoned.identity().fingerprint, clean.identity().fingerprint);
 
-    let (a, b) = (clean.load_expert(key).unwrap(), poisoned.load_expert(key).unwrap());
+    let (a, b) =
+        (clean.load_expert(key, ExpertDtype::Bf16).unwrap(), poisoned.load_expert(key, ExpertDtype::Bf16).unwrap());
     assert!(answer(&a, &clean).iter().all(|value| value.is_finite()));
     assert_eq!(answer(&a, &clean), answer(&b, &clean));
-    let other = poisoned.load_expert(ExpertKey { expert: ExpertId(4), ..key }).unwrap();
+    let other = poisoned.load_expert(ExpertKey { expert: ExpertId(4), ..key }, ExpertDtype::Bf16).unwrap();
     assert!(answer(&other, &clean).iter().all(|value| value.is_nan()), "the poison is real");
 
     let (memory, stored) = (b.bytes() as u64, clean.spec().expert_bytes());

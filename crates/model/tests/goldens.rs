@@ -8,6 +8,7 @@ use sirocco_compute::Pool;
 use sirocco_model::{
     Checkpoint, Detokenizer, KvCache, LocalExperts, Logits, Model, SequenceChunk, StepOutput, Tokenizer,
 };
+use sirocco_types::ExpertDtype;
 
 /// How far a logit may be from transformers' own.
 const LOGIT_TOLERANCE: f64 = 1e-3;
@@ -26,7 +27,7 @@ fn open(folder: &str, threads: usize) -> Setup {
     let checkpoint = Checkpoint::open(&path(folder)).unwrap();
     let pool = Pool::new(threads).unwrap();
     let model = Model::load(&checkpoint, pool.clone()).unwrap();
-    let experts = LocalExperts::load(&checkpoint, pool).unwrap();
+    let experts = LocalExperts::load(&checkpoint, ExpertDtype::Bf16, pool).unwrap();
     Setup { checkpoint, model, experts }
 }
 

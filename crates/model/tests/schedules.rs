@@ -12,7 +12,7 @@ use safetensors::{SafeTensors, serialize_to_file};
 use serde_json::Value;
 use sirocco_compute::Pool;
 use sirocco_model::{Checkpoint, Experts, ExpertsError, KvCache, LocalExperts, Logits, Model, SequenceChunk};
-use sirocco_types::{LayerId, Routing};
+use sirocco_types::{ExpertDtype, LayerId, Routing};
 
 const WEIGHTS: &str = "model.safetensors";
 
@@ -29,11 +29,11 @@ fn tiny() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/data/families/mixtral")
 }
 
-fn open(folder: &Path, threads: usize) -> Setup {
+fn open(folder: &Path, dtype: ExpertDtype, threads: usize) -> Setup {
     let checkpoint = Checkpoint::open(folder).unwrap();
     let pool = Pool::new(threads).unwrap();
     let model = Model::load(&checkpoint, pool.clone()).unwrap();
-    let experts = LocalExperts::load(&checkpoint, pool).unwrap();
+    let experts = LocalExperts::load(&checkpoint, dtype, pool).unwrap();
     Setup { checkpoint, model, experts }
 }
 
@@ -47,13 +47,17 @@ fn altered(change: impl FnOnce(&mut Value), tied: bool) -> Setup {
     let tensors = SafeTensors::deserialize(&bytes).unwrap();
     let kept = tensors.tensors().into_iter().filter(|(name, _)| !(tied && name == "lm_head.weight"));
     serialize_to_file(kept, None, &dir.path().join(WEIGHTS)).unwrap();
-    open(dir.path(), 1)
+    open(dir.path(), ExpertDtype::Bf16, 1)
 }
 
 /// The tiny model whose tokens see only the last 12.
 static WINDOWED: LazyLock<Setup> = LazyLock::new(|| altered(|config| config["sliding_window"] = 12.into(), false));
-static ONE_THREAD: LazyLock<Setup> = LazyLock::new(|| open(&tiny(), 1));
-static THREADS: LazyLock<Setup> = LazyLock::new(|| open(&tiny(), 3));
+static ONE_THREAD: LazyLock<Setup> = LazyLock::new(|| open(&tiny(), ExpertDtype::Bf16, 1));
+static THREADS: LazyLock<Setup> = LazyLock::new(|| open(&tiny(), ExpertDtype::Bf16, 3));
+/// With quantised experts, on one thread and on several.
+static QUANTISED: LazyLock<[[Setup; 2]; 2]> = LazyLock::new(|| {
+    [ExpertDtype::Int8, ExpertDtype::Int4].map(|dtype| [1, 3].map(|threads| open(&tiny(), dtype, threads)))
+});
 
 /// Blocks enough for the longest sequence.
 const TABLE: u32 = 5;
@@ -115,7 +119,9 @@ proptest! {
         sequences in proptest::collection::vec(proptest::collection::vec(0_u32..256, 1..70), 1..5),
         steps in proptest::collection::vec(proptest::collection::vec(0_usize..24, 4), 0..12),
     ) {
-        for (alone, together) in [(&ONE_THREAD, &THREADS), (&WINDOWED, &WINDOWED)] {
+        let [int8, int4] = &*QUANTISED;
+        let pairs = [(&*ONE_THREAD, &*THREADS), (&WINDOWED, &WINDOWED), (&int8[0], &int8[1]), (&int4[0], &int4[1])];
+        for (alone, together) in pairs {
             let expected: Results =
                 sequences.iter().flat_map(|tokens| run(alone, std::slice::from_ref(tokens), &[])).collect();
             prop_assert_eq!(run(together, &sequences, &steps), expected);

@@ -186,7 +186,7 @@ impl ClusterState {
 #[cfg(test)]
 mod tests {
     use sirocco_types::{
-        Device, Dtype, EpochRef, ExpertId, ExpertKey, Fingerprint, LayerPlacement, MemberState, ModelSpec,
+        Device, Dtype, EpochRef, ExpertDtype, ExpertId, ExpertKey, Fingerprint, LayerPlacement, MemberState, ModelSpec,
         PlacementKind,
     };
 
@@ -223,7 +223,7 @@ mod tests {
             eos_token_ids: vec![2],
             dtype: Dtype::Bf16,
         };
-        ModelIdentity { name: "tiny".into(), fingerprint: Fingerprint([7; 32]), spec }
+        ModelIdentity { name: "tiny".into(), fingerprint: Fingerprint([7; 32]), spec, expert_dtype: ExpertDtype::Bf16 }
     }
 
     #[test]

@@ -54,6 +54,16 @@ impl ModelSpec {
         3 * self.hidden_size as u64 * self.intermediate_size as u64 * self.dtype.size() as u64
     }
 
+    /// Memory that one expert's weights take as `dtype`, scales included, but for what pads widths to a multiple of 32.
+    pub fn expert_bytes_as(&self, dtype: ExpertDtype) -> u64 {
+        let weights = 3 * self.hidden_size as u64 * self.intermediate_size as u64;
+        match dtype {
+            ExpertDtype::Bf16 => self.expert_bytes(),
+            ExpertDtype::Int8 => weights * 17 / 16,
+            ExpertDtype::Int4 => weights * 9 / 16,
+        }
+    }
+
     /// Every layer, in order.
     pub fn layers(&self) -> impl Iterator<Item = LayerId> + use<> {
         (0..self.num_hidden_layers as u32).map(LayerId)
@@ -92,6 +102,52 @@ impl fmt::Display for Dtype {
             Self::F32 => "f32",
             Self::Bf16 => "bf16",
         })
+    }
+}
+
+/// What an expert's weights are kept and multiplied as. It decides the numbers, so all experts of a cluster have the same.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ExpertDtype {
+    /// As stored, with activations in f32.
+    #[default]
+    Bf16,
+    /// Integers of 8 bits that share a scale by 32, with activations of 8 bits.
+    Int8,
+    /// Integers of 4 bits that share a scale by 32, with activations of 8 bits.
+    Int4,
+}
+
+/// A text that names no [`ExpertDtype`].
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("expert dtype {0:?} is none of bf16, int8 and int4")]
+pub struct ExpertDtypeError(String);
+
+impl ExpertDtype {
+    /// Every dtype, most bytes first.
+    pub const ALL: [Self; 3] = [Self::Bf16, Self::Int8, Self::Int4];
+
+    /// The lower-case name, as in flags and records.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Bf16 => "bf16",
+            Self::Int8 => "int8",
+            Self::Int4 => "int4",
+        }
+    }
+}
+
+impl fmt::Display for ExpertDtype {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.as_str())
+    }
+}
+
+impl FromStr for ExpertDtype {
+    type Err = ExpertDtypeError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Self::ALL.into_iter().find(|dtype| dtype.as_str() == text).ok_or_else(|| ExpertDtypeError(text.to_owned()))
     }
 }
 
@@ -164,11 +220,36 @@ pub struct ModelIdentity {
     pub fingerprint: Fingerprint,
     /// The model's shape.
     pub spec: ModelSpec,
+    /// What the experts are kept as. Expert nodes say it; what routers say of it means nothing.
+    #[serde(default)]
+    pub expert_dtype: ExpertDtype,
+}
+
+impl ModelIdentity {
+    /// Memory that one expert takes.
+    pub fn expert_bytes(&self) -> u64 {
+        self.spec.expert_bytes_as(self.expert_dtype)
+    }
+
+    /// Whether the experts of both give the same bits: those of the same checkpoint, kept as the same dtype.
+    pub fn has_experts_of(&self, other: &Self) -> bool {
+        self.fingerprint == other.fingerprint && self.expert_dtype == other.expert_dtype
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_expert_dtype_survives_its_text_and_json_forms() {
+        for dtype in ExpertDtype::ALL {
+            assert_eq!(dtype.to_string().parse(), Ok(dtype));
+            assert_eq!(serde_json::to_value(dtype).unwrap(), dtype.as_str());
+        }
+        let error = "fp8".parse::<ExpertDtype>().unwrap_err();
+        assert_eq!(error.to_string(), r#"expert dtype "fp8" is none of bf16, int8 and int4"#);
+    }
 
     #[test]
     fn a_fingerprint_survives_its_text_form() {

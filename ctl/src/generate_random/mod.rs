@@ -156,6 +156,7 @@ mod tests {
     use futures::executor::block_on;
     use sirocco_compute::Pool;
     use sirocco_model::{Checkpoint, KvCache, LocalExperts, Logits, Model, SequenceChunk, Tokenizer};
+    use sirocco_types::ExpertDtype;
 
     use super::*;
 
@@ -196,7 +197,7 @@ mod tests {
         let checkpoint = Checkpoint::open(folder).unwrap();
         let pool = Pool::new(threads).unwrap();
         let model = Model::load(&checkpoint, pool.clone()).unwrap();
-        let experts = LocalExperts::load(&checkpoint, pool).unwrap();
+        let experts = LocalExperts::load(&checkpoint, ExpertDtype::Bf16, pool).unwrap();
         let prompt = Tokenizer::load(folder, checkpoint.spec()).unwrap().encode("Byte by byte: ä", true).unwrap();
         assert_eq!(prompt.len(), 1 + "Byte by byte: ä".len(), "a beginning, then each byte");
         let mut kv = KvCache::new(checkpoint.spec(), 4);

@@ -80,6 +80,7 @@ impl InProcess {
                 capacity_bytes: Some(capacity),
                 speed: 100,
                 max_experts_per_layer: None,
+                expert_dtype: args.expert_dtype,
                 zone: None,
                 no_progress: true,
             };

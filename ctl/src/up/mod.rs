@@ -11,6 +11,7 @@ use anyhow::{Result, bail};
 use sirocco_proto::wire::inference::generate_request::Prompt;
 use sirocco_router_node::Policy;
 use sirocco_store::EtcdArgs;
+use sirocco_types::ExpertDtype;
 use tokio_util::sync::CancellationToken;
 
 use crate::bundled;
@@ -53,6 +54,9 @@ pub(crate) struct Args {
     /// Compute threads of each node
     #[arg(long, env = "SIROCCO_THREADS", value_name = "N", default_value_t = sirocco_process::default_threads())]
     pub(crate) threads: usize,
+    /// What the expert nodes keep expert weights as: bf16 as stored, or int8 or int4
+    #[arg(long, env = "SIROCCO_EXPERT_DTYPE", value_name = "bf16|int8|int4", default_value_t)]
+    pub(crate) expert_dtype: ExpertDtype,
     /// Start each node as a process of its own, on etcd
     #[arg(long, env = "SIROCCO_PROCESSES")]
     pub(crate) processes: bool,

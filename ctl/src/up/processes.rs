@@ -48,10 +48,14 @@ impl Processes {
             flags.extend(policy.iter().map(String::as_str));
             self.spawn(args, "router-node", format!("router-{index}"), &flags)?;
         }
+        let dtype = args.expert_dtype.as_str();
         let capacity = (sirocco_expert_node::default_capacity() / u64::from(args.expert_nodes)).to_string();
         for index in 0..args.expert_nodes {
-            let flags =
-                ["--model", model, "--grpc", ANY, "--http", ANY, "--no-progress", "--capacity-bytes", &capacity];
+            let flags = [
+                ["--model", model, "--grpc", ANY, "--http", ANY].as_slice(),
+                &["--no-progress", "--capacity-bytes", &capacity, "--expert-dtype", dtype],
+            ]
+            .concat();
             self.spawn(args, "expert-node", format!("expert-{index}"), &flags)?;
         }
         Ok(())

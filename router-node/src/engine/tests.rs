@@ -5,7 +5,7 @@ use serde_json::Value;
 use sirocco_compute::Pool;
 use sirocco_model::{Checkpoint, LocalExperts};
 use sirocco_proto::inference::{Finished, Token};
-use sirocco_types::FinishReason;
+use sirocco_types::{ExpertDtype, FinishReason};
 use tokio::runtime::Runtime;
 
 use super::*;
@@ -39,7 +39,7 @@ impl Setup {
         let parts = Parts {
             model: Model::load(&checkpoint, pool.clone()).unwrap(),
             tokenizer: Arc::new(Tokenizer::load(checkpoint.folder(), checkpoint.spec()).unwrap()),
-            experts: LocalExperts::load(&checkpoint, pool).unwrap(),
+            experts: LocalExperts::load(&checkpoint, ExpertDtype::Bf16, pool).unwrap(),
             limits,
             metrics: crate::metrics::tests::metrics().0,
         };

@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result, ensure};
 use futures::executor::block_on;
 use sirocco_compute::Pool;
 use sirocco_model::{Checkpoint, KvCache, LocalExperts, Logits, Model, SequenceChunk, StepOutput};
-use sirocco_types::ModelSpec;
+use sirocco_types::{ExpertDtype, ModelSpec};
 
 use crate::work::{Run, Work};
 
@@ -21,16 +21,16 @@ pub(crate) struct OneProcess {
 }
 
 impl OneProcess {
-    /// Loads everything, with room for `tokens` tokens in the KV cache.
-    pub(crate) fn load(checkpoint: &Checkpoint, threads: usize, tokens: usize) -> Result<Self> {
+    /// Loads everything, its experts as `dtype`, with room for `tokens` tokens in the KV cache.
+    pub(crate) fn load(checkpoint: &Checkpoint, dtype: ExpertDtype, threads: usize, tokens: usize) -> Result<Self> {
         let (spec, pool) = (checkpoint.spec(), Pool::new(threads)?);
         // The last block of each sequence may not be full.
         let blocks = tokens.div_ceil(KvCache::BLOCK_TOKENS) + 16;
         let first = spec.experts().next().context("a model has experts")?;
         Ok(Self {
-            expert_bytes: checkpoint.load_expert(first)?.bytes(),
+            expert_bytes: checkpoint.load_expert(first, dtype)?.bytes(),
             model: Model::load(checkpoint, pool.clone())?,
-            experts: LocalExperts::load(checkpoint, pool)?,
+            experts: LocalExperts::load(checkpoint, dtype, pool)?,
             kv: KvCache::new(spec, blocks),
             blocks: (0..blocks as u32).collect(),
         })

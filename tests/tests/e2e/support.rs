@@ -10,6 +10,7 @@ use sirocco_proto::tonic::Status;
 use sirocco_proto::wire::inference as wire;
 use sirocco_proto::wire::inference::generate_response::Event;
 use sirocco_testkit::repository;
+use sirocco_types::ExpertDtype;
 
 /// A prompt with what Hugging Face transformers makes of it.
 pub(crate) struct Golden {
@@ -121,7 +122,7 @@ impl Local {
         let checkpoint = Checkpoint::open(&repository("models/demo")).unwrap();
         let pool = Pool::new(2).unwrap();
         let model = Model::load(&checkpoint, pool.clone()).unwrap();
-        let experts = LocalExperts::load(&checkpoint, pool).unwrap();
+        let experts = LocalExperts::load(&checkpoint, ExpertDtype::Bf16, pool).unwrap();
         Self { checkpoint, model, experts }
     }
 

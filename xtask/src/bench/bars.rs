@@ -7,8 +7,8 @@ pub(super) const KERNELS: &[(&str, Bar)] = &[
     ("expert ffn bf16, 1 row, 2 threads", Bar::above(0.85).stretch(0.95)),
     ("expert ffn bf16, 16 rows, 2 threads", Bar::above(0.6).stretch(0.7)),
     ("expert ffn bf16, 256 rows, 2 threads", Bar::above(0.75).stretch(0.88)),
-    ("int8 expert, 1 row", Bar::above(0.8).stretch(0.9)),
-    ("int4 expert, 1 row", Bar::above(0.65).stretch(0.8)),
+    ("expert ffn int8, 1 row", Bar::above(0.8).stretch(0.9)),
+    ("expert ffn int4, 1 row", Bar::above(0.65).stretch(0.8)),
 ];
 
 /// Bytes of keys and values.

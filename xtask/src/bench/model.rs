@@ -11,15 +11,15 @@ use crate::programs::{self, WhenMissing};
 /// What is built: together, so that every crate is built once.
 const TARGETS: [&str; 5] = ["--package", "sirocco-testkit", "--bins", "--example", "model"];
 
-/// Measures, with the nodes' own programs and a real etcd.
-pub(super) fn run() -> Result<Lines> {
+/// Measures it with experts kept as `dtype`; the cluster is of the nodes' own programs and on a real etcd.
+pub(super) fn run(dtype: &str) -> Result<Lines> {
     let etcd = programs::ensure(&["etcd"], WhenMissing::Install)?;
     let packages = crate::up::PACKAGES.iter().flat_map(|package| ["--package", package]);
     parts::build(&packages.chain(TARGETS).collect::<Vec<_>>())?;
     let target = crate::target_folder()?;
     let folder = checkpoint(&target)?;
     let mut measure = Command::new(target.join("release/examples/model"));
-    etcd.export(measure.arg(folder));
+    etcd.export(measure.arg(folder).arg(dtype));
     parts::lines(&mut measure)
 }
 

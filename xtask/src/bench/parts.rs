@@ -29,7 +29,11 @@ pub(super) const PARTS: [Part; 4] = [
     },
     Part { name: "attention", runs: &[|| example("sirocco-compute", "attention")], bars: bars::ATTENTION },
     Part { name: "hop", runs: &[|| example("sirocco-proto", "hop")], bars: bars::HOP },
-    Part { name: "model", runs: &[model::run], bars: bars::MODEL },
+    Part {
+        name: "model",
+        runs: &[|| model::run("bf16"), || model::run("int8"), || model::run("int4")],
+        bars: bars::MODEL,
+    },
 ];
 
 /// The part called `name`.

@@ -9,8 +9,8 @@ use super::kernels::{Ahead, Kernels, Row, define};
 use super::lanes::{self, Lanes};
 
 define! {
-    __m256, features: "avx2,fma", columns: 2,
-    1: 2, 2; 2: 1, 2; 3: 1, 2; 4: 1, 1; 5: 1, 1; 6: 1, 1;
+    __m256, features: "avx2,fma", words: 2, columns: 2,
+    straight: [1: 2, 2: 1, 3: 1], tiles: [1, 2, 3, 4, 5, 6]
 }
 
 #[expect(clippy::inline_always, reason = "inlined into the kernels, which enable the instruction set")]

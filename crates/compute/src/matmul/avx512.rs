@@ -9,9 +9,8 @@ use super::kernels::{Ahead, Kernels, Row, define};
 use super::lanes::{self, Lanes};
 
 define! {
-    __m512, features: "avx512f", columns: 2,
-    1: 4, 1; 2: 4, 1; 3: 2, 1; 4: 2, 1; 5: 2, 1; 6: 2, 1; 7: 1, 1;
-    8: 1, 1; 9: 1, 1; 10: 1, 1; 11: 1, 1; 12: 1, 1; 13: 1, 1; 14: 1, 1;
+    __m512, features: "avx512f", words: 1, columns: 2,
+    straight: [1: 4, 2: 4, 3: 2, 4: 2, 5: 2, 6: 2], tiles: [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14]
 }
 
 #[expect(clippy::inline_always, reason = "inlined into the kernels, which enable the instruction set")]

@@ -12,13 +12,28 @@ impl Row {
     pub(crate) const ZERO: Self = Self([0.0; PANEL]);
 }
 
-/// What a kernel fetches while it computes: for each input the cache line at the next step.
+/// What a kernel fetches while it computes: the next cache lines of four streams in turn. A processor that notices streams and
+/// reads ahead in each does so further with several.
 #[derive(Clone, Copy)]
 pub(super) struct Ahead {
-    /// Need not be valid.
-    pub(super) at: *const u8,
-    /// Bytes; less than a cache line where several calls share what is to be fetched.
+    /// Where the first stream starts; need not be valid.
+    pub(super) start: *const u8,
+    /// Bytes from one stream to the next.
+    pub(super) stride: usize,
+    /// Bytes to go on after a turn; less than a cache line where several calls share what is to be fetched.
     pub(super) step: usize,
+}
+
+impl Ahead {
+    /// Streams.
+    pub(super) const STREAMS: usize = 4;
+
+    /// What to fetch beside input `k`.
+    #[expect(clippy::inline_always, reason = "inlined into the kernels, which enable the instruction set")]
+    #[inline(always)]
+    pub(super) fn at(self, k: usize) -> *const u8 {
+        self.start.wrapping_add(k % Self::STREAMS * self.stride + k / Self::STREAMS * self.step)
+    }
 }
 
 /// Adds the products of a tile with panels straight from their words. See [`super::lanes`], as for the others.
@@ -28,11 +43,10 @@ type Widen = unsafe fn(*const f32, usize, *const u32, *mut Row, *mut Row, Ahead)
 /// Adds the products of a tile with widened weights.
 type Block = unsafe fn(*const f32, usize, *const Row, *mut Row, Ahead);
 
-/// The kernels of one instruction set, each by rows, from one on.
+/// The kernels of one instruction set, each by rows, from one on. Straight ones are there for as few rows as make one pass over
+/// several panels worth it.
 pub(super) struct Kernels {
-    /// Rows a kernel takes at once, as many as the registers hold sums for.
-    pub(super) tile_rows: usize,
-    /// How many panels are read side by side. One row alone makes too few sums to keep the multipliers busy.
+    /// How many panels are read side by side: one row alone makes too few sums to keep the multipliers busy.
     pub(super) panels: &'static [usize],
     /// For that many panels.
     pub(super) straight: &'static [Straight],
@@ -57,6 +71,16 @@ pub(super) fn kernels(isa: Isa) -> &'static Kernels {
 }
 
 impl Kernels {
+    /// Rows of the largest tile, as many as the registers hold sums for.
+    pub(super) fn tile_rows(&self) -> usize {
+        self.block.len()
+    }
+
+    /// Whether there is a straight kernel for `rows`.
+    pub(super) fn is_straight(&self, rows: usize) -> bool {
+        rows <= self.straight.len()
+    }
+
     /// How many panels to pass to [`Kernels::straight`] for full speed.
     pub(super) fn side_by_side(&self, rows: usize) -> usize {
         self.panels[rows.max(1) - 1]
@@ -99,28 +123,30 @@ impl Kernels {
     }
 }
 
-/// Defines `KERNELS` for a type of [`super::lanes::Lanes`]. Each line: rows, panels side by side, vectors of words at a time.
-/// `C`: vectors of widened weights at a time.
+/// Defines `KERNELS` for a type of [`super::lanes::Lanes`]. `words`: vectors that the words of an input fill. `columns`: vectors
+/// of widened weights at a time. `straight`: rows and panels side by side. `tiles`: rows.
 macro_rules! define {
-    ($lanes:ty, $(features: $features:literal,)? columns: $c:literal, $($rows:literal: $panels:literal, $words:literal;)+) => {
+    (
+        $lanes:ty, $(features: $features:literal,)? words: $j:literal, columns: $c:literal,
+        straight: [$($rows:literal: $panels:literal),+], tiles: [$($tile:literal),+]
+    ) => {
         pub(super) static KERNELS: Kernels = Kernels {
-            tile_rows: [$($rows),+].len(),
             panels: &[$($panels),+],
-            straight: &[$(straight::<$rows, $panels, $words>),+],
-            straight_one: &[$(straight::<$rows, 1, $words>),+],
-            widen: &[$(widen::<$rows>),+],
-            block: &[$(block::<$rows>),+],
+            straight: &[$(straight::<$rows, $panels>),+],
+            straight_one: &[$(straight::<$rows, 1>),+],
+            widen: &[$(widen::<$tile>),+],
+            block: &[$(block::<$tile>),+],
         };
 
         $(#[target_feature(enable = $features)])?
-        unsafe fn straight<const R: usize, const P: usize, const J: usize>(
+        unsafe fn straight<const R: usize, const P: usize>(
             x: *const f32,
             inputs: usize,
             words: *const u32,
             sums: *mut Row,
         ) {
             // SAFETY: the instruction set is that of this function; the rest is its caller's promise.
-            unsafe { lanes::straight::<$lanes, R, P, J>(x, inputs, words, sums) }
+            unsafe { lanes::straight::<$lanes, R, P, $j>(x, inputs, words, sums) }
         }
 
         $(#[target_feature(enable = $features)])?

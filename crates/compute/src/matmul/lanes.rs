@@ -2,7 +2,6 @@
 //!
 //! Everything here is inlined into functions that enable an instruction set; see `kernels`.
 
-use super::BLOCK;
 use super::kernels::{Ahead, Row};
 use crate::packed::{PANEL, WORDS};
 
@@ -30,8 +29,26 @@ pub(super) trait Lanes: Copy {
 /// Cache lines that are asked for ahead of their use, so that memory is busy however long it takes to answer.
 const AHEAD: usize = 64;
 
-/// Adds to `sums`, `[P, R]`, the products of `R` rows `x`, `[inputs, R]`, with `P` panels, `[P, inputs, WORDS]`, in one pass,
-/// `J` vectors of words at a time.
+/// Runs `$step` for each input, four at a time: whatever counts and compares takes turns with the multiplications.
+macro_rules! each_input {
+    ($inputs:ident, $k:ident, $step:block) => {
+        let whole = $inputs / 4 * 4;
+        for first in (0..whole).step_by(4) {
+            each_input!(once $k, first, $step);
+            each_input!(once $k, first + 1, $step);
+            each_input!(once $k, first + 2, $step);
+            each_input!(once $k, first + 3, $step);
+        }
+        for $k in whole..$inputs $step
+    };
+    (once $k:ident, $value:expr, $step:block) => {
+        let $k = $value;
+        $step
+    };
+}
+
+/// Adds to `sums`, `[P, R]`, the products of `R` rows `x`, `[inputs, R]`, with `P` panels, `[P, inputs, WORDS]`, in one pass.
+/// `J` is how many vectors `WORDS` fill.
 ///
 /// SAFETY: needs `V`'s instruction set and pointers to as much as the shapes say.
 #[expect(clippy::inline_always, reason = "compiled once per instruction set, inside the caller that enables it")]
@@ -42,37 +59,36 @@ pub(super) unsafe fn straight<V: Lanes, const R: usize, const P: usize, const J:
     words: *const u32,
     sums: *mut Row,
 ) {
-    // Several passes over the same words read them from memory once if they stay in the nearest cache in between.
-    let block = if J * V::COUNT == WORDS { inputs } else { BLOCK };
-    for start in (0..inputs).step_by(block) {
-        let end = inputs.min(start + block);
-        for part in (0..WORDS).step_by(J * V::COUNT) {
-            // SAFETY: `p < P`, `r < R`, `k < inputs` and `part + j * COUNT + COUNT <= WORDS`: all within the shapes.
-            unsafe {
-                let sum = |p: usize, r: usize, j: usize| sums.add(p * R + r).cast::<f32>().add(part + j * V::COUNT);
-                let mut acc = std::array::from_fn::<_, P, _>(|p| {
-                    std::array::from_fn::<_, R, _>(|r| std::array::from_fn::<_, J, _>(|j| load_pair::<V>(sum(p, r, j))))
-                });
-                for k in start..end {
-                    for p in 0..P {
-                        let line = words.add((p * inputs + k) * WORDS + part);
-                        V::fetch(line.wrapping_add(AHEAD / P * WORDS).cast());
-                        for j in 0..J {
-                            let (low, high) = V::halves(line.add(j * V::COUNT));
-                            for r in 0..R {
-                                let x = V::splat(x.add(k * R + r));
-                                let acc = &mut acc[p][r][j];
-                                *acc = (acc.0.add_product(x, low), acc.1.add_product(x, high));
-                            }
-                        }
+    const { assert!(J * V::COUNT == WORDS) };
+    // SAFETY: `p < P`, `r < R`, `k < inputs` and `j * COUNT + COUNT <= WORDS`: all within the shapes.
+    unsafe {
+        let sum = |p: usize, r: usize, j: usize| sums.add(p * R + r).cast::<f32>().add(j * V::COUNT);
+        let mut acc = [[[load_pair::<V>(sum(0, 0, 0)); J]; R]; P];
+        for p in 0..P {
+            for r in 0..R {
+                for j in 0..J {
+                    acc[p][r][j] = load_pair(sum(p, r, j));
+                }
+            }
+        }
+        each_input!(inputs, k, {
+            for p in 0..P {
+                let line = words.add((p * inputs + k) * WORDS);
+                V::fetch(line.wrapping_add(AHEAD / P * WORDS).cast());
+                for j in 0..J {
+                    let (low, high) = V::halves(line.add(j * V::COUNT));
+                    for r in 0..R {
+                        let x = V::splat(x.add(k * R + r));
+                        let acc = &mut acc[p][r][j];
+                        *acc = (acc.0.add_product(x, low), acc.1.add_product(x, high));
                     }
                 }
-                for p in 0..P {
-                    for r in 0..R {
-                        for j in 0..J {
-                            store_pair(acc[p][r][j], sum(p, r, j));
-                        }
-                    }
+            }
+        });
+        for p in 0..P {
+            for r in 0..R {
+                for j in 0..J {
+                    store_pair(acc[p][r][j], sum(p, r, j));
                 }
             }
         }
@@ -80,7 +96,7 @@ pub(super) unsafe fn straight<V: Lanes, const R: usize, const P: usize, const J:
 }
 
 /// Adds to `sums`, `[R]`, the products of `R` rows `x`, `[inputs, R]`, with words, `[inputs, WORDS]`, and keeps the words widened
-/// to f32 in `weights`, `[inputs, PANEL]`. See [`block`] for `ahead`.
+/// to f32 in `weights`, `[inputs, PANEL]`. Meanwhile fetches from `ahead`.
 ///
 /// SAFETY: needs `V`'s instruction set and pointers to as much as the shapes say; those to fetch from need not be valid.
 #[expect(clippy::inline_always, reason = "compiled once per instruction set, inside the caller that enables it")]
@@ -97,16 +113,19 @@ pub(super) unsafe fn widen<V: Lanes, const R: usize>(
         // SAFETY: `r < R`, `k < inputs` and `part + COUNT <= WORDS`: all within the shapes.
         unsafe {
             let sum = |r: usize| sums.add(r).cast::<f32>().add(part);
-            let mut acc = std::array::from_fn::<_, R, _>(|r| load_pair::<V>(sum(r)));
-            for k in 0..inputs {
+            let mut acc = [load_pair::<V>(sum(0)); R];
+            for r in 1..R {
+                acc[r] = load_pair(sum(r));
+            }
+            each_input!(inputs, k, {
                 let pair = V::halves(words.add(k * WORDS + part));
                 store_pair(pair, weights.add(k).cast::<f32>().add(part));
-                V::fetch(ahead.at.wrapping_add(k * ahead.step));
+                V::fetch(ahead.at(k));
                 for r in 0..R {
                     let x = V::splat(x.add(k * R + r));
                     acc[r] = (acc[r].0.add_product(x, pair.0), acc[r].1.add_product(x, pair.1));
                 }
-            }
+            });
             for r in 0..R {
                 store_pair(acc[r], sum(r));
             }
@@ -131,21 +150,29 @@ pub(super) unsafe fn block<V: Lanes, const R: usize, const C: usize>(
         // SAFETY: `r < R`, `k < inputs` and `part + c * COUNT + COUNT <= PANEL`: all within the shapes.
         unsafe {
             let sum = |r: usize, c: usize| sums.add(r).cast::<f32>().add(part + c * V::COUNT);
-            let mut acc = std::array::from_fn::<_, R, _>(|r| std::array::from_fn::<_, C, _>(|c| V::load(sum(r, c))));
-            for k in 0..inputs {
+            let mut acc = [[V::load(sum(0, 0)); C]; R];
+            for r in 0..R {
+                for c in 0..C {
+                    acc[r][c] = V::load(sum(r, c));
+                }
+            }
+            each_input!(inputs, k, {
                 let line = weights.add(k).cast::<f32>().add(part);
-                let w = std::array::from_fn::<_, C, _>(|c| V::load(line.add(c * V::COUNT)));
-                V::fetch(ahead.at.wrapping_add(k * ahead.step));
+                let mut w = [V::load(line); C];
+                for c in 1..C {
+                    w[c] = V::load(line.add(c * V::COUNT));
+                }
+                V::fetch(ahead.at(k));
                 for r in 0..R {
                     let x = V::splat(x.add(k * R + r));
                     for c in 0..C {
                         acc[r][c] = acc[r][c].add_product(x, w[c]);
                     }
                 }
-            }
+            });
             for r in 0..R {
                 for c in 0..C {
-                    acc[r][c].store(sum(r, c));
+                    V::store(acc[r][c], sum(r, c));
                 }
             }
         }

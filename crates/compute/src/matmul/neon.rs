@@ -9,8 +9,8 @@ use super::kernels::{Ahead, Kernels, Row, define};
 use super::lanes::{self, Lanes};
 
 define! {
-    float32x4_t, features: "neon", columns: 4,
-    1: 2, 4; 2: 1, 4; 3: 1, 4; 4: 1, 2; 5: 1, 2; 6: 1, 2;
+    float32x4_t, features: "neon", words: 4, columns: 4,
+    straight: [1: 2, 2: 1, 3: 1], tiles: [1, 2, 3, 4, 5, 6]
 }
 
 #[expect(clippy::inline_always, reason = "inlined into the kernels, which enable the instruction set")]

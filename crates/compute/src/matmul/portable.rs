@@ -4,8 +4,8 @@ use super::kernels::{Ahead, Kernels, Row, define};
 use super::lanes::{self, Lanes};
 
 define! {
-    f32, columns: 32,
-    1: 1, 16; 2: 1, 16; 3: 1, 16; 4: 1, 16;
+    f32, words: 16, columns: 32,
+    straight: [1: 1], tiles: [1, 2, 3, 4]
 }
 
 impl Lanes for f32 {

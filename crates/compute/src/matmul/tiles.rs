@@ -25,7 +25,7 @@ pub(crate) struct Tiles<'a> {
 impl Tiling {
     /// Even tiles, none larger than the kernels of `pool` take.
     pub(crate) fn new(rows: usize, inputs: usize, pool: &Pool) -> Self {
-        let tiles = rows.div_ceil(kernels(pool.isa()).tile_rows).max(1);
+        let tiles = rows.div_ceil(kernels(pool.isa()).tile_rows()).max(1);
         Self { rows, inputs, tile_rows: rows.div_ceil(tiles).max(1) }
     }
 

@@ -1,0 +1,24 @@
+//! Experts whose weights are integers of 8 or 4 bits, multiplied with activations of 8 bits.
+//!
+//! Weights ([`matrix::QuantMatrix`]) and activations ([`rows::QuantRows`]) are integers times a scale that 32 consecutive inputs, a
+//! group, share. A product is then
+//!
+//! `sum = fma(dot as f32, weight_scale * activation_scale, sum)` over ascending groups, from zero,
+//!
+//! where `dot` is the exact integer product of the group (below 2^24, so its f32 is exact too). Integers add up to the same in
+//! any order, and lanes are different outputs, so every kernel, row count, tiling and thread count gives the same bits.
+
+mod expert;
+mod kernel;
+mod matrix;
+mod rows;
+#[cfg(test)]
+mod tests;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+pub(crate) use expert::QuantExpert;
+pub(crate) use matrix::QuantWidth;
+
+/// Consecutive inputs that share a scale.
+pub(crate) const GROUP: usize = 32;

@@ -1,0 +1,47 @@
+//! The multiplication of quantised rows with one panel of a quantised matrix.
+
+use super::GROUP;
+use super::matrix::{Line, QuantWidth, scale, weight};
+use super::rows::Group;
+use crate::Isa;
+use crate::matmul::Row;
+
+/// What a kernel multiplies: a tile of rows with the outputs of one panel, over some of the groups.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Block<'a> {
+    /// `[groups, rows of the tile]`
+    pub(super) x: &'a [Group],
+    pub(super) width: QuantWidth,
+    /// `[groups, width.lines()]`
+    pub(super) quants: &'a [Line],
+    /// `[groups]`
+    pub(super) scales: &'a [Line],
+}
+
+/// Carries the sums of a block, `[rows of the tile, PANEL]`, on over its groups.
+pub(super) type Kernel = fn(Block, &mut [Row]);
+
+/// The fastest kernel for an instruction set that this machine has. One below the best here stands for an older machine, so
+/// nothing newer is used for it.
+pub(super) fn kernel(isa: Isa) -> Kernel {
+    #[cfg(target_arch = "x86_64")]
+    if let Some(kernel) = super::x86::kernel(isa) {
+        return kernel;
+    }
+    let _ = isa;
+    scalar
+}
+
+/// One group at a time, in whatever vectors the compiler makes of it.
+pub(super) fn scalar(block: Block, sums: &mut [Row]) {
+    let Block { x, width, quants, scales } = block;
+    let groups = quants.chunks_exact(width.lines()).zip(scales);
+    for (x, (lines, scales)) in x.chunks_exact(sums.len()).zip(groups) {
+        for (x, sums) in x.iter().zip(&mut *sums) {
+            for (lane, sum) in sums.0.iter_mut().enumerate() {
+                let dot: i32 = (0..GROUP).map(|k| i32::from(x.quants[k]) * weight(width, lines, lane, k)).sum();
+                *sum = (dot as f32).mul_add(scale(scales, lane) * x.scale, *sum);
+            }
+        }
+    }
+}
