@@ -208,6 +208,7 @@ mod tests {
         let health = Health::new("expert-node", "a");
         let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/demo");
         let loader = Loader {
+            dtype: ExpertDtype::Bf16,
             id: id("a"),
             keys: cluster_keys.clone(),
             checkpoint: Arc::new(Checkpoint::open(&demo).unwrap()),
