@@ -116,37 +116,37 @@ impl Bf16Expert {
     fn gated(&self, x: &Tiles, pool: &Pool) -> Tiles<'static> {
         let inter = self.down.inputs();
         let tiling = Tiling::new(x.rows(), inter, pool);
-        let mut gated = vec![0.0; x.rows() * inter]; // as `tiling` cuts it
-        let out = Disjoint::new(&mut gated);
-        multiply(x, &self.gate_up, 2, pool, |first_row, first_panel, sums| {
-            let (gate, up) = sums.split_at(sums.len() / 2);
-            let rows = gate.len();
-            let start = first_panel / 2 * PANEL;
-            let columns = PANEL.min(inter - start);
-            // SAFETY: these columns of these rows come once.
-            let out = unsafe { out.slice(tiling.place(start, first_row).start, columns * rows) };
-            for (row, (gate, up)) in gate.iter().zip(up).enumerate() {
-                let mut gate = *gate;
-                silu_times(&mut gate, up);
-                for (out, value) in out.chunks_exact_mut(rows).zip(gate.0) {
-                    out[row] = value;
-                }
-            }
-        });
-        Tiles::cut(gated, tiling)
+        Tiles::write(tiling, |gated| {
+            let out = Disjoint::new(gated);
+            multiply(x, &self.gate_up, 2, pool, |first_row, first_panel, sums| {
+                let (gate, up) = sums.split_at(sums.len() / 2);
+                let start = first_panel / 2 * PANEL;
+                let columns = PANEL.min(inter - start);
+                // SAFETY: these columns of these rows come once.
+                let out = unsafe { out.slice(tiling.place(start, first_row).start, columns * gate.len()) };
+                gate_tile(gate, up, out);
+            });
+        })
     }
 }
 
 wide! {
-    /// Multiplies the silu of each of `gate` with its `up`.
-    fn silu_times(gate: &mut Row, up: &Row) = each
+    /// Writes `silu(gate) * up`, of `[rows, PANEL]` each, to `out` as `[columns, rows]`; columns there is no room for are padding.
+    fn gate_tile(gate: &[Row], up: &[Row], out: &mut [f32]) = each_row
 }
 
 #[expect(clippy::inline_always, reason = "compiled once per instruction set, inside the caller that enables it")]
 #[inline(always)]
-fn each(gate: &mut Row, up: &Row) {
-    for (gate, up) in gate.0.iter_mut().zip(up.0) {
-        *gate = silu(*gate) * up;
+fn each_row(gate: &[Row], up: &[Row], out: &mut [f32]) {
+    let rows = gate.len();
+    for (row, (gate, up)) in gate.iter().zip(up).enumerate() {
+        let mut gated = [0.0; PANEL];
+        for ((gated, gate), up) in gated.iter_mut().zip(gate.0).zip(up.0) {
+            *gated = silu(gate) * up;
+        }
+        for (out, value) in out.chunks_exact_mut(rows).zip(gated) {
+            out[row] = value;
+        }
     }
 }
 

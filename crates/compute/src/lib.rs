@@ -4,11 +4,12 @@
 //! The rule that makes it so: each output element is one chain of fused multiply-adds over its inputs in ascending order,
 //! starting from zero. Lanes of a vector register are different outputs, never parts of one sum; where a row is summed up, in
 //! norms and in attention's softmax, it is into 16 sums in turn, which are added up by halves. Exponentials and their like
-//! are our own or those of the crate `libm`, compiled into the program, never from the platform. The scalar code of [`PackedMatrix`] is the
-//! oracle that the vector code is tested against, bit for bit.
+//! are our own or those of the crate `libm`, compiled into the program, never from the platform. The oracle that every
+//! kernel is tested against, bit for bit, is that rule written as a loop of `f32::mul_add`; each [`Isa`] this machine has can be
+//! forced with [`Pool::with_isa`].
 //!
-//! This is the only crate with `unsafe`: vector intrinsics, threads that write disjoint columns of one output, and the CUDA
-//! driver. GPUs are found, not used yet: every kernel runs on the CPU.
+//! This is the only crate with `unsafe`: vector intrinsics, threads that share a job and write disjoint parts of one output,
+//! memory in huge pages, and the CUDA driver. GPUs are found, not used yet: every kernel runs on the CPU.
 
 mod attention;
 mod combine;

@@ -32,9 +32,12 @@ pub(crate) const ROWS: usize = 256;
 
 /// Inputs of a block: its f32 weights stay in the nearest cache. A multiple of a panel's outputs, which are the next matrix's
 /// inputs.
-pub(crate) const BLOCK: usize = 128;
+pub(crate) const BLOCK: usize = 192;
 
-/// Panels of a task when there are tiles: they share what a block of inputs costs to fetch, and are fetched as so many streams.
+/// Bytes of a panel's words for one input: a cache line.
+const LINE: usize = WORDS * size_of::<u32>();
+
+/// Panels of a task: they share what a block of inputs costs to fetch, and are fetched as so many streams.
 const GROUP: usize = Ahead::STREAMS;
 
 /// Multiplies `x`, `[rows, inputs]`, with `w` and writes `[rows, outputs]` to `out`.
@@ -73,27 +76,29 @@ pub(crate) fn multiply(
     done: impl Fn(usize, usize, &[Row]) + Sync,
 ) {
     thread_local! {
-        /// `[tiles, panels of a task, rows of a tile]`
-        static SUMS: RefCell<Vec<Row>> = const { RefCell::new(Vec::new()) };
+        /// The sums of a task, `[tiles, panels, rows of a tile]`, and the widened weights of a block.
+        static SCRATCH: RefCell<Vec<Row>> = const { RefCell::new(Vec::new()) };
     }
     let kernels = kernels(pool.isa());
     let straight = kernels.is_straight(x.rows());
-    let group = if straight { kernels.side_by_side(x.rows()) } else { GROUP }.max(unit);
-    // The last tasks are the smallest, so that all threads end at about the same time.
-    let large = panels.count() * 3 / 4 / group;
-    let tasks = large + (panels.count() - large * group) / unit;
+    // The last tasks are the smallest that are fast, so that all threads end at about the same time.
+    let small = if straight { kernels.side_by_side(x.rows()).next_multiple_of(unit) } else { unit };
+    let large = panels.count() * 3 / 4 / GROUP;
+    let tasks = large + (panels.count() - large * GROUP).div_ceil(small);
     let work = x.rows() * panels.inputs() * panels.count() * PANEL;
     pool.for_each(tasks, work, |task| {
-        let first = task.min(large) * group + task.saturating_sub(large) * unit;
-        let count = if task < large { group } else { unit };
+        let first = task.min(large) * GROUP + task.saturating_sub(large) * small;
+        let count = if task < large { GROUP } else { small.min(panels.count() - first) };
         let words = panels.range(first, count);
-        SUMS.with_borrow_mut(|sums| {
-            sums.clear();
-            sums.resize(x.rows() * count, Row::ZERO);
+        SCRATCH.with_borrow_mut(|scratch| {
+            scratch.clear();
+            scratch.resize(x.rows() * count + BLOCK, Row::ZERO);
+            let (sums, weights) = scratch.split_at_mut(x.rows() * count);
             if straight {
                 kernels.straight(x.all(), words, x.rows(), sums);
             } else {
-                by_blocks(kernels, x, words, sums);
+                let next = pool.threads() * words.len();
+                by_blocks(kernels, x, Task { words, sums, weights, next });
             }
             let tiles = sums.chunks_mut(x.tile_rows() * count).enumerate();
             for (tile, sums) in tiles {
@@ -106,36 +111,47 @@ pub(crate) fn multiply(
     });
 }
 
-/// Adds to `sums`, `[tiles, panels, rows of the tile]`, the products of `x` with the panels of `words`.
-fn by_blocks(kernels: &Kernels, x: &Tiles, words: &[u32], sums: &mut [Row]) {
+/// The work of a task.
+struct Task<'a> {
+    /// `[panels, inputs, WORDS]`
+    words: &'a [u32],
+    /// `[tiles, panels, rows of the tile]`
+    sums: &'a mut [Row],
+    /// Room for the widened weights of a block, `[BLOCK]`.
+    weights: &'a mut [Row],
+    /// Words from the start of this task's to those of the one that likely follows on the same thread.
+    next: usize,
+}
+
+/// Adds to `sums` the products of `x` with the panels of `words`.
+fn by_blocks(kernels: &Kernels, x: &Tiles, task: Task) {
+    let Task { words, sums, weights, next: next_task } = task;
     let panel_len = x.inputs() * WORDS;
     let count = words.len() / panel_len;
-    let mut weights = [Row::ZERO; BLOCK]; // [inputs of the block, PANEL]
     for start in (0..x.inputs()).step_by(BLOCK) {
         let depth = BLOCK.min(x.inputs() - start);
         let weights = &mut weights[..depth];
+        let next = if start + depth < x.inputs() {
+            words[(start + depth) * WORDS..].as_ptr()
+        } else {
+            words.as_ptr().wrapping_add(next_task)
+        };
+        let part = depth.div_ceil(Ahead::STREAMS) * LINE;
         for panel in 0..count {
-            let line = WORDS * size_of::<u32>();
-            let words_at = |panel: usize, start: usize| &words[(panel * panel_len + start * WORDS).min(words.len())..];
-            // The next block of every panel, a part of each; or where there are not as many, parts of the next block.
-            let part = depth.div_ceil(Ahead::STREAMS) * line;
+            // A part of the next block of every panel; where there are not as many, all of the next one in parts.
             let (next, stride) = if count == Ahead::STREAMS {
-                (
-                    words_at(0, start + depth).as_ptr().cast::<u8>().wrapping_add(panel * part),
-                    panel_len * size_of::<u32>(),
-                )
-            } else if panel + 1 < count {
-                (words_at(panel + 1, start).as_ptr().cast(), part)
+                (next.cast::<u8>().wrapping_add(panel * part), panel_len * size_of::<u32>())
             } else {
-                (words_at(0, start + depth).as_ptr().cast(), part)
+                (next.wrapping_add(panel * panel_len).cast(), part)
             };
+            let words = &words[panel * panel_len + start * WORDS..][..depth * WORDS];
             for (tile, sums) in sums.chunks_mut(x.tile_rows() * count).enumerate() {
                 let rows = sums.len() / count;
                 let sums = &mut sums[panel * rows..][..rows];
-                let ahead = Ahead { start: next.wrapping_add(tile * part / x.count()), stride, step: line / x.count() };
+                let ahead = Ahead { start: next.wrapping_add(tile * part / x.count()), stride, step: LINE / x.count() };
                 let x = x.part(start, tile);
                 if tile == 0 {
-                    kernels.widen(x, &words_at(panel, start)[..depth * WORDS], weights, sums, ahead);
+                    kernels.widen(x, words, weights, sums, ahead);
                 } else {
                     kernels.block(x, weights, sums, ahead);
                 }

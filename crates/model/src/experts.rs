@@ -46,10 +46,23 @@ pub struct LocalExperts {
 }
 
 impl LocalExperts {
-    /// Loads every expert.
+    /// Loads every expert, on as many threads as `pool` has.
     pub fn load(checkpoint: &Checkpoint, pool: Pool) -> Result<Self, CheckpointError> {
-        let load = |key| Ok((key, checkpoint.load_expert(key)?));
-        let experts = checkpoint.spec().experts().map(load).collect::<Result<_, _>>()?;
+        let keys: Vec<ExpertKey> = checkpoint.spec().experts().collect();
+        let load = |keys: &[ExpertKey]| -> Result<Vec<_>, CheckpointError> {
+            keys.iter().map(|&key| Ok((key, checkpoint.load_expert(key)?))).collect()
+        };
+        let parts: Vec<_> = std::thread::scope(|scope| {
+            let threads: Vec<_> = keys
+                .chunks(keys.len().div_ceil(pool.threads()).max(1))
+                .map(|keys| scope.spawn(move || load(keys)))
+                .collect();
+            threads.into_iter().map(|thread| thread.join().expect("a checkpoint is read without a panic")).collect()
+        });
+        let mut experts = HashMap::new();
+        for part in parts {
+            experts.extend(part?);
+        }
         Ok(Self { experts, hidden_size: checkpoint.spec().hidden_size, pool })
     }
 }

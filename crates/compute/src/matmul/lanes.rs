@@ -27,7 +27,7 @@ pub(crate) trait Lanes: Copy {
 }
 
 /// Cache lines that are asked for ahead of their use, so that memory is busy however long it takes to answer.
-const AHEAD: usize = 64;
+const AHEAD: usize = 96;
 
 /// Runs `$step` for each input, four at a time: whatever counts and compares takes turns with the multiplications.
 macro_rules! each_input {

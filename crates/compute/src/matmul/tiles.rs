@@ -1,6 +1,7 @@
 //! Rows in the order in which the kernels read them.
 
 use std::borrow::Cow;
+use std::cell::RefCell;
 use std::ops::Range;
 
 use super::BLOCK;
@@ -16,8 +17,9 @@ pub(crate) struct Tiling {
     tile_rows: usize,
 }
 
-/// Rows so cut.
+/// Rows so cut. What they are kept in is used again by the same thread.
 pub(crate) struct Tiles<'a> {
+    /// At least as many elements as the rows have.
     data: Cow<'a, [f32]>,
     tiling: Tiling,
 }
@@ -46,8 +48,8 @@ impl<'a> Tiles<'a> {
         if tiling.rows <= 1 {
             return Self { data: Cow::Borrowed(x), tiling };
         }
-        let mut data = vec![0.0; x.len()];
-        pool.for_each_row(&mut data, tiling.rows * BLOCK, x.len(), |block, data| {
+        let mut data = buffer(x.len());
+        pool.for_each_row(&mut data[..x.len()], tiling.rows * BLOCK, x.len(), |block, data| {
             let depth = data.len() / tiling.rows;
             let tiles = data.chunks_mut(tiling.tile_rows * depth).zip(x.chunks(tiling.tile_rows * inputs));
             for (tile, x) in tiles {
@@ -57,9 +59,11 @@ impl<'a> Tiles<'a> {
         Self { data: Cow::Owned(data), tiling }
     }
 
-    /// Takes `data` that is cut already.
-    pub(crate) fn cut(data: Vec<f32>, tiling: Tiling) -> Self {
-        assert_eq!(data.len(), tiling.rows * tiling.inputs, "the data fits its shape");
+    /// Lets `write` write every element, each at its [`Tiling::place`].
+    pub(crate) fn write(tiling: Tiling, write: impl FnOnce(&mut [f32])) -> Self {
+        let len = tiling.rows * tiling.inputs;
+        let mut data = buffer(len);
+        write(&mut data[..len]);
         Self { data: Cow::Owned(data), tiling }
     }
 
@@ -88,8 +92,34 @@ impl<'a> Tiles<'a> {
     /// The only tile, `[inputs, rows]`, where there is but one.
     pub(crate) fn all(&self) -> &[f32] {
         debug_assert_eq!(self.count(), 1);
-        &self.data
+        &self.data[..self.tiling.rows * self.tiling.inputs]
     }
+}
+
+impl Drop for Tiles<'_> {
+    fn drop(&mut self) {
+        if let Cow::Owned(data) = std::mem::take(&mut self.data) {
+            SPARE.with_borrow_mut(|spare| {
+                if spare.len() < 2 {
+                    spare.push(data);
+                }
+            });
+        }
+    }
+}
+
+thread_local! {
+    /// What this thread's tiles were kept in: the rows of one multiplication and of the next.
+    static SPARE: RefCell<Vec<Vec<f32>>> = const { RefCell::new(Vec::new()) };
+}
+
+/// At least `len` elements of any value.
+fn buffer(len: usize) -> Vec<f32> {
+    let mut buffer = SPARE.with_borrow_mut(Vec::pop).unwrap_or_default();
+    if buffer.len() < len {
+        buffer = vec![0.0; len];
+    }
+    buffer
 }
 
 /// Writes `depth` inputs from `start` on of `x`, `[rows, inputs]`, to `out` as `[depth, rows]`.
