@@ -157,7 +157,7 @@ fn batch_mates_chunks_cache_hits_and_preemption_change_no_bit() {
         .collect();
     for step_tokens in [1, 7, 64, 512] {
         // With one token a step there is one sequence of each client under way.
-        let few = (if step_tokens == 1 { 160 } else { 384 }) / KvCache::BLOCK_TOKENS;
+        let few = (if step_tokens == 1 { 96 } else { 192 }) / KvCache::BLOCK_TOKENS;
         for kv_blocks in [PLENTY, few] {
             let setup = Setup::start(EngineLimits { step_tokens, kv_blocks, ..LIMITS });
             for (visit, shuffle) in [("first", 37), ("again", 23)] {
@@ -195,7 +195,7 @@ fn a_preempted_sequence_reports_the_experts_it_would_have_reported_alone() {
         let trace = Trace { routing: true, ..Trace::default() };
         Asked { trace, ..Asked::greedy(prompt.clone()) }
     };
-    let setup = Setup::start(EngineLimits { kv_blocks: 256 / KvCache::BLOCK_TOKENS, ..LIMITS });
+    let setup = Setup::start(EngineLimits { kv_blocks: 96 / KvCache::BLOCK_TOKENS, ..LIMITS });
     let together = setup.run(goldens.iter().map(|(prompt, _)| asked(prompt)).collect());
     let counts = setup.engine().counts();
     assert!(counts.preemptions > 0, "{counts:?}");
