@@ -3,7 +3,7 @@
 //! Waking a thread costs tens of microseconds, as much as a small message takes to cross the network, so that it does not pay to
 //! sleep for less. A socket stays awake while a frame of HTTP/2 is arriving, whose rest is on its way, and between frames when it
 //! did not wait long for the last one, as in a hop without much to compute. It sleeps as any socket does once nothing came for
-//! [`PATIENCE`] or somebody else wanted its core. One that is idle never wakes up by itself.
+//! [`PATIENCE`], and between frames when somebody else wanted its core. One that is idle never wakes up by itself.
 
 use std::io::{self, IoSlice};
 use std::pin::{Pin, pin};
@@ -60,6 +60,22 @@ impl Socket {
     }
 }
 
+impl Socket {
+    /// Waits for what will be said to what is written now.
+    fn begin_waiting(&mut self, cx: &mut Context<'_>) {
+        self.quiet = Some(Instant::now());
+        if self.pause < PATIENCE {
+            look_again(cx);
+        }
+    }
+}
+
+/// Has the runtime look at its sockets and then come back to the task.
+fn look_again(cx: &mut Context<'_>) {
+    // It comes back although the future is dropped.
+    let _ = pin!(tokio::task::yield_now()).poll(cx);
+}
+
 impl AsyncRead for Socket {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let before = buf.filled().len();
@@ -78,9 +94,9 @@ impl AsyncRead for Socket {
             std::thread::yield_now();
             if offered.elapsed() > WANTED {
                 self.pause = Duration::MAX;
-            } else {
-                // Has the runtime look at its sockets and come back, whatever is said now.
-                let _ = pin!(tokio::task::yield_now()).poll(cx);
+            }
+            if within || self.pause < PATIENCE {
+                look_again(cx);
             }
         }
         result
@@ -89,7 +105,7 @@ impl AsyncRead for Socket {
 
 impl AsyncWrite for Socket {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        self.quiet = None;
+        self.begin_waiting(cx);
         Pin::new(&mut self.inner).poll_write(cx, buf)
     }
 
@@ -98,7 +114,7 @@ impl AsyncWrite for Socket {
         cx: &mut Context<'_>,
         bufs: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        self.quiet = None;
+        self.begin_waiting(cx);
         Pin::new(&mut self.inner).poll_write_vectored(cx, bufs)
     }
 
