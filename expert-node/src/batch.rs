@@ -198,7 +198,9 @@ mod tests {
     #[tokio::test]
     async fn what_ran_is_counted_by_expert_and_what_was_refused_is_not() {
         let mut packer = ExpertPacker::new(HIDDEN, HIDDEN);
-        ExpertMatrix::ALL.into_iter().for_each(|matrix| packer.push_rows(matrix, &[0; 2 * HIDDEN * HIDDEN]));
+        for matrix in ExpertMatrix::ALL {
+            packer.push_rows(matrix, &[0; 2 * HIDDEN * HIDDEN]);
+        }
         let weights = Arc::new(packer.finish());
         let key = |expert| ExpertKey { layer: LayerId(1), expert: ExpertId(expert) };
         let held = Held::from([(key(0), Arc::clone(&weights)), (key(1), weights)]);

@@ -91,10 +91,12 @@ fn print(name: &str, measured: f64, floor: f64, unit: &str) {
     println!(r#"{{"name":"{name}","measured":{measured:.2},"floor":{floor:.2},"unit":"{unit}"}}"#);
 }
 
+/// The expert whose turn it is.
+static NEXT: AtomicUsize = AtomicUsize::new(0);
+
 /// Seconds of one forward pass, each over the expert that was used longest ago; more passes when they are short.
 fn ffn(experts: &[ExpertWeights], rows: usize, pool: &Pool) -> f64 {
     let x = activations(rows);
-    static NEXT: AtomicUsize = AtomicUsize::new(0);
     let passes = (EXPERTS / rows).max(2);
     let first = NEXT.fetch_add(passes, Ordering::Relaxed) % EXPERTS;
     let since = Instant::now();
