@@ -10,7 +10,6 @@ use std::time::Instant;
 
 use floors::{Memory, multiply_adds};
 use sirocco_compute::{ExpertMatrix, ExpertPacker, ExpertWeights, Isa, PackedMatrix, Pool, matmul};
-use sirocco_types::ExpertDtype;
 
 const HIDDEN: usize = 1024;
 const INTER: usize = 3584;
@@ -92,9 +91,11 @@ fn print(name: &str, measured: f64, floor: f64, unit: &str) {
     println!(r#"{{"name":"{name}","measured":{measured:.2},"floor":{floor:.2},"unit":"{unit}"}}"#);
 }
 
+/// The expert whose turn it is.
+static NEXT: AtomicUsize = AtomicUsize::new(0);
+
 /// Seconds of one forward pass, each over the expert that was used longest ago; more passes when they are short.
 fn ffn(experts: &[ExpertWeights], rows: usize, pool: &Pool) -> f64 {
-    static NEXT: AtomicUsize = AtomicUsize::new(0);
     let x = activations(rows);
     let passes = (EXPERTS / rows).max(2);
     let first = NEXT.fetch_add(passes, Ordering::Relaxed) % EXPERTS;
@@ -121,7 +122,7 @@ fn activations(rows: usize) -> Vec<f32> {
 }
 
 fn expert(seed: u64) -> ExpertWeights {
-    let mut packer = ExpertPacker::new(ExpertDtype::Bf16, HIDDEN, INTER);
+    let mut packer = ExpertPacker::new(HIDDEN, INTER);
     for matrix in ExpertMatrix::ALL {
         let (outputs, inputs) = packer.shape(matrix);
         let rows = weights(ExpertPacker::ROWS * inputs, seed);
