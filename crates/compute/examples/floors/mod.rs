@@ -127,7 +127,7 @@ mod x86 {
     }
 
     #[target_feature(enable = "avx2")]
-    #[expect(clippy::cast_ptr_alignment, reason = "the loads are those for unaligned addresses")]
+    #[allow(clippy::cast_ptr_alignment, reason = "the loads are those for unaligned addresses")]
     fn read_avx2(words: &[u64]) -> u64 {
         let mut sums = [_mm256_setzero_si256(); STREAMS];
         let stream = words.len() / STREAMS / 8 * 8;
