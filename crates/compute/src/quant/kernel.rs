@@ -16,6 +16,8 @@ pub(super) struct Block<'a> {
     pub(super) quants: &'a [Line],
     /// `[groups]`
     pub(super) scales: &'a [Line],
+    /// Whether no tile before this one has read the weights, so that they come from memory.
+    pub(super) first: bool,
 }
 
 /// Carries the sums of a block, `[rows of the tile, PANEL]`, on over its groups.
@@ -34,7 +36,7 @@ pub(super) fn kernel(isa: Isa) -> Kernel {
 
 /// One group at a time, in whatever vectors the compiler makes of it.
 pub(super) fn scalar(block: Block, sums: &mut [Row]) {
-    let Block { x, width, quants, scales } = block;
+    let Block { x, width, quants, scales, first: _ } = block;
     let groups = quants.chunks_exact(width.lines()).zip(scales);
     for (x, (lines, scales)) in x.chunks_exact(sums.len()).zip(groups) {
         for (x, sums) in x.iter().zip(&mut *sums) {

@@ -220,7 +220,7 @@ mod tests {
         let values: Vec<f32> = (0..64).map(|i| (i % 16 - 8) as f32 / 4.0).collect();
         for width in [QuantWidth::Int8, QuantWidth::Int4] {
             let scaled: Vec<f32> = match width {
-                QuantWidth::Int8 => values.iter().map(|v| if *v == -2.0 { -127.0 } else { *v * 4.0 }).collect(),
+                QuantWidth::Int8 => values.iter().map(|v| if *v < -1.9 { -127.0 } else { *v * 4.0 }).collect(),
                 QuantWidth::Int4 => values.clone(),
             };
             let matrix = matrix(width, &bytes(&scaled), 2, 32);

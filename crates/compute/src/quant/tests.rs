@@ -44,7 +44,7 @@ fn pack(width: QuantWidth, hidden: usize, inter: usize, matrices: [&[f32]; 3]) -
 }
 
 fn expert(seed: u64, width: QuantWidth, hidden: usize, inter: usize) -> QuantExpert {
-    let [gate, up, down] = [seed, !seed, seed ^ 77].map(|seed| noise(seed, hidden * inter));
+    let [gate, up, down] = [seed, !seed, seed.rotate_left(7)].map(|seed| noise(seed, hidden * inter));
     pack(width, hidden, inter, [&gate, &up, &down])
 }
 
@@ -90,7 +90,7 @@ proptest! {
         seed in any::<u64>(), width in width(), rows in 1usize..=40, hidden in 1usize..140, inter in 1usize..140,
     ) {
         let expert = expert(seed, width, hidden, inter);
-        let x = noise(seed ^ 5, rows * hidden);
+        let x = noise(!seed.rotate_left(9), rows * hidden);
         let expected = bits(&oracle(&expert, &x));
         for kernel in kernels() {
             for threads in [1, 3] {
@@ -107,7 +107,7 @@ proptest! {
         const SPECIAL: [f32; 8] = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -0.0, 1e-40, f32::MAX, f32::MIN_POSITIVE, 0.0];
         let (hidden, inter) = (100, 70);
         let expert = expert(seed, width, hidden, inter);
-        let mut x = noise(seed ^ 5, 3 * hidden);
+        let mut x = noise(!seed.rotate_left(9), 3 * hidden);
         for (at, which) in places {
             x[at] = SPECIAL[which];
         }
