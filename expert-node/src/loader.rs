@@ -212,7 +212,6 @@ mod tests {
             id: id("a"),
             keys: cluster_keys.clone(),
             checkpoint: Arc::new(Checkpoint::open(&demo).unwrap()),
-            dtype: ExpertDtype::Bf16,
             held: Arc::default(),
             registration: Arc::new(registration),
             health: health.clone(),

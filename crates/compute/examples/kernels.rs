@@ -10,6 +10,7 @@ use std::time::Instant;
 
 use floors::{Memory, multiply_adds};
 use sirocco_compute::{ExpertMatrix, ExpertPacker, ExpertWeights, Isa, PackedMatrix, Pool, matmul};
+use sirocco_types::ExpertDtype;
 
 const HIDDEN: usize = 1024;
 const INTER: usize = 3584;
@@ -122,7 +123,7 @@ fn activations(rows: usize) -> Vec<f32> {
 }
 
 fn expert(seed: u64) -> ExpertWeights {
-    let mut packer = ExpertPacker::new(HIDDEN, INTER);
+    let mut packer = ExpertPacker::new(ExpertDtype::Bf16, HIDDEN, INTER);
     for matrix in ExpertMatrix::ALL {
         let (outputs, inputs) = packer.shape(matrix);
         let rows = weights(ExpertPacker::ROWS * inputs, seed);

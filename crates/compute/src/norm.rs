@@ -125,7 +125,8 @@ mod tests {
         let mut out = [0.0; 4];
         rms_norm(&[3.0, -4.0, 0.0, 5.0], &[1.0, 1.0, 1.0, 2.0], 0.0, &mut out, &Pool::new(1).unwrap());
         let scale = 1.0 / (50.0_f32 / 4.0).sqrt();
-        assert_eq!(out, [3.0 * scale, -4.0 * scale, 0.0, 2.0 * (5.0 * scale)]);
+        let expected = [3.0 * scale, -4.0 * scale, 0.0, 2.0 * (5.0 * scale)];
+        assert_eq!(out.map(f32::to_bits), expected.map(f32::to_bits));
     }
 
     #[test]

@@ -75,7 +75,7 @@ fn stored(shape: &AttentionShape, sequence: &Sequence) -> (KvLayer, Vec<u32>) {
     let width = shape.kv_heads * shape.head_dim;
     let len = sequence.keys.len() / width;
     // in reverse order of allocation, to see the table used
-    let blocks: Vec<u32> = (0..len.div_ceil(BLOCK_TOKENS) as u32 + 1).rev().collect();
+    let blocks: Vec<u32> = (0..=len.div_ceil(BLOCK_TOKENS) as u32).rev().collect();
     let mut layer = KvLayer::new(*shape, blocks.len());
     let garbage = vec![f32::NAN; width];
     for t in 0..blocks.len() * BLOCK_TOKENS {
