@@ -114,7 +114,7 @@ fn a_forbidden_import_is_noticed() {
         ("sirocco-types", "tokio", "sirocco-types may never reach tokio"),
         ("sirocco-coordinator", "sirocco-model", "sirocco-coordinator may not import sirocco-model"),
         ("sirocco-router-node", "sirocco-expert-node", "sirocco-router-node may never reach sirocco-expert-node"),
-        ("half", "tokio", "sirocco-compute may never reach tokio"),
+        ("cudarc", "tokio", "sirocco-compute may never reach tokio"),
     ];
     for (package, import, complaint) in cases {
         let mut imports = imports.clone();

@@ -24,10 +24,14 @@ fn path(relative: &str) -> PathBuf {
 }
 
 fn open(folder: &str, threads: usize) -> Setup {
+    open_as(folder, ExpertDtype::Bf16, threads)
+}
+
+fn open_as(folder: &str, dtype: ExpertDtype, threads: usize) -> Setup {
     let checkpoint = Checkpoint::open(&path(folder)).unwrap();
     let pool = Pool::new(threads).unwrap();
     let model = Model::load(&checkpoint, pool.clone()).unwrap();
-    let experts = LocalExperts::load(&checkpoint, ExpertDtype::Bf16, pool).unwrap();
+    let experts = LocalExperts::load(&checkpoint, dtype, pool).unwrap();
     Setup { checkpoint, model, experts }
 }
 
@@ -116,6 +120,33 @@ fn the_bundled_model_says_what_transformers_says() {
         let mut shown: String = tokens.iter().map(|id| detokenizer.push(*id, &tokenizer)).collect();
         shown += &detokenizer.finish(&tokenizer);
         assert_eq!(shown, case["greedy_text"].as_str().unwrap());
+    }
+}
+
+/// What quantised experts say has no outside reference: this program's own completions of the same prompts, kept when the
+/// distance to bf16's logits was looked at.
+#[test]
+fn quantised_experts_say_what_they_said_and_stay_near_bf16() {
+    let prompts = golden("tests/data/demo/golden.json");
+    let prompts: Vec<Vec<u32>> =
+        prompts["prompts"].as_array().unwrap().iter().map(|case| ids(&case["input_ids"])).collect();
+    let kept = golden("tests/data/demo/quantised.json");
+    let exact = open("models/demo", 2);
+    for (dtype, nearest, furthest) in [(ExpertDtype::Int8, 0.001, 0.03), (ExpertDtype::Int4, 0.02, 0.3)] {
+        let setup = open_as("models/demo", dtype, 2);
+        let (mut said, mut distance, mut length) = (Vec::new(), 0.0_f64, 0.0_f64);
+        for prompt in &prompts {
+            let (tokens, steps) = greedy(&setup, prompt, 48);
+            said.push(tokens);
+            let reference = greedy(&exact, prompt, 1).1;
+            for (got, want) in steps[0].logits[0].iter().zip(&reference[0].logits[0]) {
+                distance += f64::from(got - want).powi(2);
+                length += f64::from(*want).powi(2);
+            }
+        }
+        let relative = (distance / length).sqrt();
+        assert!((nearest..furthest).contains(&relative), "{dtype}: logits are {relative} from bf16's");
+        assert_eq!(serde_json::json!(said), kept[dtype.to_string()], "{dtype}");
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod clients;
 mod deposed;
+mod faults;
 mod measure;
 mod members;
 mod nodes;

@@ -89,7 +89,8 @@ async fn counters_agree_with_what_was_asked_and_come_to_rest() {
     };
 
     let mut usage = [0, 0, 0];
-    let prompt = "In the beginning God created the heaven and the earth. And the earth was without form.";
+    // Longer than a block of the cache.
+    let prompt = "In the beginning God created the heaven and the earth. And the earth was without form.".repeat(3);
     for _ in 0..3 {
         let answer = ask(http, COMPLETIONS, &json!({"prompt": prompt, "max_tokens": 9, "temperature": 0}));
         let used = &answer["usage"];
