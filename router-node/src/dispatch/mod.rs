@@ -245,18 +245,13 @@ impl<'a> LayerCall<'a> {
                 }
             }
         }
-        for part in refused {
-            // What another call is under way for is not missing yet.
-            let rest = self.collected.rest_of(part).map(|mut part| {
-                part.slots.retain(|slot| self.asked[*slot] == 0);
-                part
-            });
-            if let Some(part) = rest.filter(|part| !part.slots.is_empty()) {
-                tracing::debug!(layer = %self.layer, expert = %part.expert, "an expert did not answer, trying again");
-                self.stranded.push(part);
-                self.eager = true;
-                self.back_off(now);
-            }
+        for part in refused.into_iter().filter_map(|part| self.collected.rest_of(part, &self.asked)) {
+            tracing::debug!(layer = %self.layer, expert = %part.expert, "an expert did not answer, trying again");
+            self.stranded.push(part);
+            self.eager = true;
+        }
+        if self.eager {
+            self.back_off(now);
         }
         Ok(())
     }
@@ -304,11 +299,7 @@ impl Call {
                 tracing::warn!(%node, late_ms, "an expert node is late again and again, others are asked");
             }
         }
-        let missing = parts.iter().filter_map(|part| collected.rest_of(part.clone())).filter_map(|mut part| {
-            part.slots.retain(|slot| asked[*slot] == 0);
-            (!part.slots.is_empty()).then_some(part)
-        });
-        let missing: Vec<Part> = missing.collect();
+        let missing: Vec<Part> = parts.iter().filter_map(|part| collected.rest_of(part.clone(), asked)).collect();
         let serves = |part: &Part| {
             topology.replicas(ExpertKey { layer, expert: part.expert }).any(|replica| replica.node == node)
         };

@@ -178,9 +178,10 @@ impl Collected {
         self.missing == 0
     }
 
-    /// Leaves only those slots in `part` whose rows are missing; none when there are none.
-    pub(super) fn rest_of(&self, mut part: Part) -> Option<Part> {
-        part.slots.retain(|slot| !self.there[*slot]);
+    /// Leaves only those slots in `part` whose rows are missing and for which no call counts in `asked`; none when there are
+    /// none.
+    pub(super) fn rest_of(&self, mut part: Part, asked: &[usize]) -> Option<Part> {
+        part.slots.retain(|slot| !self.there[*slot] && asked[*slot] == 0);
         (!part.slots.is_empty()).then_some(part)
     }
 
@@ -270,8 +271,10 @@ mod tests {
         assert_eq!(collected.rows, [0.0, 0.0, 3.0, 4.0, 5.0, 6.0, 0.0, 0.0, 1.0, 2.0]);
         let left: Vec<_> = refused.iter().map(|part| (part.expert, part.slots.clone(), part.refusal.clone())).collect();
         assert_eq!(left, [(ExpertId(5), vec![0], Some(not_held))]);
-        assert_eq!(collected.rest_of(part(5, &[4, 0, 1])).unwrap().slots, [0]);
-        assert!(collected.rest_of(part(6, &[2])).is_none() && !collected.is_complete());
+        let rest_of = |part, asked| collected.rest_of(part, asked).map(|part| part.slots);
+        assert_eq!(rest_of(part(5, &[4, 0, 1, 3]), &[0; 5]), Some(vec![0, 3]));
+        assert_eq!(rest_of(part(5, &[4, 0, 1, 3]), &[1, 0, 0, 0, 0]), Some(vec![3]), "slot 0 is asked for");
+        assert!(rest_of(part(6, &[2]), &[0; 5]).is_none() && !collected.is_complete());
 
         let again = collected.take(vec![part(3, &[4, 1])], Ok(outputs(&[(3, Ok(()))], vec![1.0, 2.0, 3.0, 4.0])));
         assert!(again.unwrap().is_empty(), "a second answer changes nothing");
