@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 mod bench;
+mod chaos;
 mod programs;
 mod steps;
 mod up;
@@ -22,7 +23,7 @@ Commands:
   up [ARGS...]   Build the release binaries, then become `sirocco up ARGS...` (`cargo xtask up --help` lists them)
   test           Check everything, as continuous integration does: formatting, lints, binaries, all tests, documentation.
                  Tests start programs: what SIROCCO_<PROGRAM>_BIN names (ETCD, ETCDCTL, CHROMIUM, CHROMEDRIVER, PROMTOOL,
-                 PYTHON, NODE, NPM), else what is on the path, else Debian's packages, which are installed
+                 PYTHON, NODE, NPM, FAKETIME), else what is on the path, else Debian's packages, which are installed
       --no-install   Fail when one is missing instead of installing it
   bench [NAME]   Build for release, measure, and print figures beside what they must reach; fails when one does not
                  Without a name, the first four (docs/benchmarks.md)
@@ -34,6 +35,12 @@ Commands:
       control    Joins, drains and takeovers on a real etcd under load, and how often etcd is written
       serve      Streams, latency, cached prefixes, overload and idling of a cluster with the bundled model
       -o json    Print a list of objects instead of a table; not for plan and control
+  chaos          Build for release and put faults into a cluster under load, in an order that a seed decides; fails when a
+                 request fails, a byte changes or the cluster does not come to rest (docs/faults.md)
+      --seed S       The order, which comes again with the same seed [default: 1]
+      --minutes M    How long [default: 10]
+  chaos table    The same faults one by one, each measured and printed beside its bar; fails when one is missed
+      -o json        Print a list of objects instead of a table
   help           Print this
 
 Exit status: 0 done, 1 failed, 2 usage; `up` ends with the status of `sirocco up`.
@@ -49,11 +56,15 @@ fn main() -> ExitCode {
         ["up", rest @ ..] => up::run(rest),
         ["test"] => steps::test(programs::WhenMissing::Install),
         ["test", "--no-install"] => steps::test(programs::WhenMissing::Fail),
-        ["help" | "--help" | "-h"] | ["test" | "bench", "--help" | "-h"] => {
+        ["help" | "--help" | "-h"] | ["test" | "bench" | "chaos", "--help" | "-h"] => {
             print!("{HELP}");
             Ok(())
         }
         ["bench", rest @ ..] => match bench::Request::parse(rest) {
+            Ok(request) => request.run(),
+            Err(problem) => return usage(&problem),
+        },
+        ["chaos", rest @ ..] => match chaos::Request::parse(rest) {
             Ok(request) => request.run(),
             Err(problem) => return usage(&problem),
         },

@@ -2,9 +2,9 @@
 
 mod bars;
 mod control;
-mod figures;
+pub(crate) mod figures;
 mod model;
-mod parts;
+pub(crate) mod parts;
 mod plan;
 mod serve;
 
