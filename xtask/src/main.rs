@@ -4,6 +4,8 @@
 #![forbid(unsafe_code)]
 
 mod bench;
+mod gpu;
+mod nvrtc;
 mod programs;
 mod steps;
 mod up;
@@ -22,7 +24,8 @@ Commands:
   up [ARGS...]   Build the release binaries, then become `sirocco up ARGS...` (`cargo xtask up --help` lists them)
   test           Check everything, as continuous integration does: formatting, lints, binaries, all tests, documentation.
                  Tests start programs: what SIROCCO_<PROGRAM>_BIN names (ETCD, ETCDCTL, CHROMIUM, CHROMEDRIVER, PROMTOOL,
-                 PYTHON, NODE, NPM), else what is on the path, else Debian's packages, which are installed
+                 PYTHON, NODE, NPM, CXX), else what is on the path, else Debian's packages, which are installed. GPU kernels are
+                 compiled by NVIDIA's compiler: the library that SIROCCO_NVRTC names, else that of a wheel from PyPI
       --no-install   Fail when one is missing instead of installing it
   bench [NAME]   Build for release, measure, and print figures beside what they must reach; fails when one does not
                  Without a name, the first four (docs/benchmarks.md)
@@ -34,6 +37,10 @@ Commands:
       control    Joins, drains and takeovers on a real etcd under load, and how often etcd is written
       serve      Streams, latency, cached prefixes, overload and idling of a cluster with the bundled model
       -o json    Print a list of objects instead of a table; not for plan and control
+      gpu        Experts on an NVIDIA GPU over its copies and its matrix multiplications
+  gpu-check      Check what needs an NVIDIA GPU: kernels, goldens, clusters of GPU and CPU nodes, and memory by
+                 compute-sanitizer when it is there. Fails, saying what is missing, where there is no GPU
+      --no-install   As for test
   help           Print this
 
 Exit status: 0 done, 1 failed, 2 usage; `up` ends with the status of `sirocco up`.
@@ -49,7 +56,9 @@ fn main() -> ExitCode {
         ["up", rest @ ..] => up::run(rest),
         ["test"] => steps::test(programs::WhenMissing::Install),
         ["test", "--no-install"] => steps::test(programs::WhenMissing::Fail),
-        ["help" | "--help" | "-h"] | ["test" | "bench", "--help" | "-h"] => {
+        ["gpu-check"] => gpu::check(programs::WhenMissing::Install),
+        ["gpu-check", "--no-install"] => gpu::check(programs::WhenMissing::Fail),
+        ["help" | "--help" | "-h"] | ["test" | "bench" | "gpu-check", "--help" | "-h"] => {
             print!("{HELP}");
             Ok(())
         }
@@ -58,7 +67,9 @@ fn main() -> ExitCode {
             Err(problem) => return usage(&problem),
         },
         [] => return usage("a command is missing"),
-        ["test", other, ..] => return usage(&format!("`test` has no argument {other:?}")),
+        [command @ ("test" | "gpu-check"), other, ..] => {
+            return usage(&format!("`{command}` has no argument {other:?}"));
+        }
         [other, ..] => return usage(&format!("there is no command {other:?}")),
     };
     match result {

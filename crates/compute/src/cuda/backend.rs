@@ -8,6 +8,7 @@
 use std::collections::HashMap;
 use std::ffi::c_void;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use sirocco_types::ExpertDtype;
 
@@ -22,7 +23,7 @@ use crate::backend::{Batch, ExpertBackend, GpuReadings};
 use crate::ffn::ExpertPacker;
 
 /// Most rows of a wave.
-const SLOTS: usize = 2048;
+const SLOTS: usize = 4096;
 
 /// Bytes of an item as kernels read it: two addresses, its first slot, its rows.
 const ITEM: usize = 24;
@@ -67,6 +68,31 @@ impl CudaBackend {
         let nvml = Nvml::open(gpu.bus());
         let capacity = free - needed;
         Ok(Self { lanes: Mutex::new(lanes), staging, kernels, layout, capacity, nvml, gpu })
+    }
+}
+
+impl CudaBackend {
+    /// For benchmarks: how long the kernels take for the first wave of `batch`, without the copies on both sides, on average over
+    /// `times`.
+    pub fn kernel_time(&self, batch: &Batch, times: u32) -> Result<Duration, DeviceError> {
+        let rows: Vec<usize> = batch.parts.iter().map(|part| part.rows.len()).collect();
+        let Some(wave) = waves(&rows, SLOTS).into_iter().next() else { return Ok(Duration::ZERO) };
+        let mut lanes = self.lanes.lock().unwrap_or_else(PoisonError::into_inner);
+        let lane = &mut lanes[0];
+        let mut timed = || {
+            let work = lane.prepare(self.layout, batch, &wave)?;
+            lane.compute(&self.kernels, self.layout, &work)?;
+            lane.stream.wait()?;
+            let since = Instant::now();
+            (0..times).try_for_each(|_| lane.compute(&self.kernels, self.layout, &work))?;
+            lane.stream.wait()?;
+            Ok(since.elapsed() / times)
+        };
+        let result = timed();
+        if result.is_err() {
+            lane.stop();
+        }
+        result
     }
 }
 
@@ -164,32 +190,44 @@ impl Lane {
 
     /// Queues a wave. Nothing must be under way.
     fn start(&mut self, kernels: &Kernels, layout: Layout, batch: &Batch, wave: Vec<Piece>) -> Result<(), DeviceError> {
-        let (few, many) = items(&wave);
-        let written = self.write_items(layout, batch, few.iter().chain(&many));
-        let (slots, rows) = self.write_rows(layout, batch, &wave, written);
-        let (gate_up, down) = (layout.gate_up(), layout.down());
-        let work = self.device_work.address();
-        let (x, gated, output) = (self.device_rows.address(), self.gated.address(), self.device_output.address());
-        let row_of = work + written as u64;
+        let prepared = self.prepare(layout, batch, &wave)?;
         self.pieces = wave;
-        // SAFETY: pinned buffers are written by `start` alone, which nobody calls before `finish` or `stop` have waited.
+        self.compute(kernels, layout, &prepared)?;
+        // SAFETY: `finish` or `stop` waits before the lane is used again; `finish` reads it after that.
+        unsafe { self.stream.copy_out(&mut self.output, &self.device_output, prepared.slots * layout.hidden * 4) }
+    }
+
+    /// Writes what a wave needs and queues its copy. Nothing must be under way.
+    fn prepare(&mut self, layout: Layout, batch: &Batch, wave: &[Piece]) -> Result<Prepared, DeviceError> {
+        let (few, many) = items(wave);
+        let row_of = self.write_items(layout, batch, few.iter().chain(&many));
+        let (slots, rows) = self.write_rows(layout, batch, wave, row_of);
+        // SAFETY: the buffers are written by this function alone, which is called when nothing is under way.
         unsafe {
-            self.stream.copy_in(&self.device_work, 0, &self.work, written + slots * 4)?;
-            self.stream.copy_in(&self.device_rows, 0, &self.rows, rows * gate_up.blocks as usize * BLOCK * 2)?;
+            self.stream.copy_in(&self.device_work, 0, &self.work, row_of + slots * 4)?;
+            self.stream.copy_in(&self.device_rows, 0, &self.rows, rows * layout.hidden.next_multiple_of(BLOCK) * 2)?;
         }
+        Ok(Prepared { few: few.len(), many: many.len(), row_of, slots })
+    }
+
+    /// Queues the kernels.
+    fn compute(&self, kernels: &Kernels, layout: Layout, prepared: &Prepared) -> Result<(), DeviceError> {
+        let (gate_up, down) = (layout.gate_up(), layout.down());
+        let items = self.device_work.address();
+        let (x, gated, output) = (self.device_rows.address(), self.gated.address(), self.device_output.address());
+        let row_of = items + prepared.row_of as u64;
         let halves = [
-            (gate_up, [&kernels.gate_up_few, &kernels.gate_up_many], (x, row_of, gated), gate_up.outputs, true),
-            (down, [&kernels.down_few, &kernels.down_many], (gated, 0, output), down.outputs, false),
+            (gate_up, [&kernels.gate_up_few, &kernels.gate_up_many], (x, row_of, gated), true),
+            (down, [&kernels.down_few, &kernels.down_many], (gated, 0, output), false),
         ];
-        for (matrix, [for_few, for_many], (from, row_of, to), width, is_gated) in halves {
+        for (matrix, [for_few, for_many], (from, row_of, to), is_gated) in halves {
             let (few_y, many_y) = grid_y(matrix.tiles, is_gated);
-            let call = Call { items: work, from, row_of, to, matrix, width };
-            call.launch(&self.stream, for_few, (few.len(), few_y))?;
-            let call = Call { items: work + (few.len() * ITEM) as u64, ..call };
-            call.launch(&self.stream, for_many, (many.len(), many_y))?;
+            let call = Call { items, from, row_of, to, matrix, width: matrix.outputs };
+            call.launch(&self.stream, for_few, (prepared.few, few_y))?;
+            let call = Call { items: items + (prepared.few * ITEM) as u64, ..call };
+            call.launch(&self.stream, for_many, (prepared.many, many_y))?;
         }
-        // SAFETY: as above; `finish` reads it after it has waited.
-        unsafe { self.stream.copy_out(&mut self.output, &self.device_output, slots * layout.hidden * 4) }
+        Ok(())
     }
 
     /// Writes items to `work`; how many bytes they take.
@@ -254,6 +292,17 @@ impl Lane {
     }
 }
 
+/// A wave that was written to a lane's buffers.
+struct Prepared {
+    /// Items of few rows.
+    few: usize,
+    /// Items of many rows, which follow.
+    many: usize,
+    /// Where in `work` the slots' rows begin, in bytes.
+    row_of: usize,
+    slots: usize,
+}
+
 /// The weights of a part.
 fn expert<'a>(batch: &'a Batch, part: usize) -> &'a CudaExpert {
     batch.parts[part].weights.on_gpu().expect("a backend is given what its own packers made")
@@ -316,6 +365,6 @@ mod tests {
     #[test]
     fn the_workspace_is_what_its_parts_take() {
         let layout = Layout { dtype: ExpertDtype::Bf16, hidden: 4096, inter: 14_336 };
-        assert_eq!(Lane::device_bytes(layout), 2048 * (28 + 4096 * 2 + 4096 * 4 + 14_336 * 2));
+        assert_eq!(Lane::device_bytes(layout), 4096 * (28 + 4096 * 2 + 4096 * 4 + 14_336 * 2));
     }
 }

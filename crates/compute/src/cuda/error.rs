@@ -111,7 +111,6 @@ pub(super) fn is_lost(code: u32) -> bool {
     const HOST_MEMORY_REGISTRATION: [u32; 2] = [712, 713];
     const COOPERATIVE_LAUNCH_TOO_LARGE: u32 = 720;
     const LAST_LAUNCH_ERROR: u32 = 721;
-    const NOT_READY: [u32; 2] = [802, 803];
     const UNKNOWN: u32 = 999;
     let harmless = [
         LAUNCH_OUT_OF_RESOURCES,
@@ -121,7 +120,6 @@ pub(super) fn is_lost(code: u32) -> bool {
         COOPERATIVE_LAUNCH_TOO_LARGE,
     ];
     matches!(code, NO_DEVICE | DEVICE_UNAVAILABLE | ECC_UNCORRECTABLE | NVLINK_UNCORRECTABLE | UNKNOWN)
-        || NOT_READY.contains(&code)
         || (FIRST_LAUNCH_ERROR..=LAST_LAUNCH_ERROR).contains(&code)
             && !harmless.contains(&code)
             && !HOST_MEMORY_REGISTRATION.contains(&code)
@@ -129,17 +127,12 @@ pub(super) fn is_lost(code: u32) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use cudarc::driver::sys::CUresult;
+    use cudarc::driver::sys::CUresult::*;
 
     use super::*;
 
     #[test]
     fn a_broken_context_and_broken_hardware_are_a_lost_device_and_mistakes_are_not() {
-        use CUresult::{
-            CUDA_ERROR_CONTEXT_IS_DESTROYED, CUDA_ERROR_ECC_UNCORRECTABLE, CUDA_ERROR_HARDWARE_STACK_ERROR,
-            CUDA_ERROR_ILLEGAL_ADDRESS, CUDA_ERROR_ILLEGAL_INSTRUCTION, CUDA_ERROR_LAUNCH_FAILED,
-            CUDA_ERROR_LAUNCH_TIMEOUT, CUDA_ERROR_MISALIGNED_ADDRESS, CUDA_ERROR_NO_DEVICE, CUDA_ERROR_UNKNOWN,
-        };
         for lost in [
             CUDA_ERROR_CONTEXT_IS_DESTROYED,
             CUDA_ERROR_ECC_UNCORRECTABLE,
@@ -154,10 +147,6 @@ mod tests {
         ] {
             assert!(is_lost(lost as u32), "{}", lost as u32);
         }
-        use CUresult::{
-            CUDA_ERROR_INVALID_IMAGE, CUDA_ERROR_INVALID_VALUE, CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES,
-            CUDA_ERROR_OUT_OF_MEMORY, CUDA_ERROR_PEER_ACCESS_NOT_ENABLED,
-        };
         for one_call in [
             CUDA_ERROR_INVALID_IMAGE,
             CUDA_ERROR_INVALID_VALUE,

@@ -56,8 +56,8 @@ pub(super) fn count() -> Result<usize, DeviceError> {
 
 /// The names of the GPUs of this machine; none where there is no driver.
 pub fn cuda_devices() -> Vec<String> {
-    let names = |count| (0..count as i32).filter_map(|i| result::device::get_name(result::device::get(i).ok()?).ok());
-    count().map(|count| names(count).collect()).unwrap_or_default()
+    let name = |ordinal| result::device::get_name(result::device::get(ordinal).ok()?).ok();
+    (0..).take(count().unwrap_or(0)).filter_map(name).collect()
 }
 
 impl Gpu {
@@ -142,6 +142,9 @@ impl Gpu {
         let memory = Memory { gpu: Arc::clone(self), address, bytes };
         // SAFETY: the memory was just allocated, with room for all of them.
         self.check("cuMemsetD8", unsafe { result::memset_d8_sync(address, 0, bytes) })?;
+        // It returns before the memory is zero, and our streams wait for no other.
+        // SAFETY: the default stream is always there.
+        self.check("cuStreamSynchronize", unsafe { result::stream::synchronize(result::stream::null()) })?;
         Ok(memory)
     }
 

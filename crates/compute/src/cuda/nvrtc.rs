@@ -88,7 +88,8 @@ impl Compiler {
         unsafe {
             let compile: Function<unsafe extern "C" fn(Program, c_int, *const *const c_char) -> c_int> =
                 self.function("nvrtcCompileProgram")?;
-            let result = compile(program, options.len() as c_int, options.as_ptr());
+            let count = c_int::try_from(options.len()).expect("there are three options");
+            let result = compile(program, count, options.as_ptr());
             if result != 0 {
                 let log = self.text(program, "nvrtcGetProgramLogSize", "nvrtcGetProgramLog")?;
                 let log = String::from_utf8_lossy(&log).trim_end_matches('\0').trim().to_owned();
