@@ -1,7 +1,8 @@
 //! Runs experts on a compute thread of its own, each expert once for all the requests that wait for it.
 //!
-//! The thread takes every job that is queued, whichever router sent it, runs each expert over all of its rows together and
-//! deals the results back. A row's result does not depend on the rows beside it. Never blocks the I/O runtime.
+//! The thread takes every job that is queued, whichever router sent it, has the backend run each expert over all of its rows
+//! together and deals the results back. A row's result does not depend on the rows beside it. When the backend fails, the
+//! requests of that batch are refused; when its device is lost, the node is told. Never blocks the I/O runtime.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -9,11 +10,12 @@ use std::thread::JoinHandle;
 use std::time::Instant;
 
 use arc_swap::ArcSwap;
-use sirocco_compute::{ExpertWeights, Pool};
+use sirocco_compute::{Batch, DeviceError, ExpertBackend, ExpertWeights, Part};
 use sirocco_proto::Rows;
 use sirocco_proto::expert::{DispatchRequest, ExpertOutputs, Refusal, RefusalReason};
 use sirocco_types::{ExpertId, ExpertKey};
 use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
 
 use crate::metrics::Metrics;
 
@@ -38,15 +40,17 @@ pub(crate) struct Batcher {
 }
 
 impl Batcher {
-    /// Starts the thread. It runs what `held` has at the time and says in `metrics` what it did.
+    /// Starts the thread. It runs what `held` has at the time, says in `metrics` what it did, and cancels `lost` when the
+    /// backend's device is.
     pub(crate) fn start(
         held: Arc<ArcSwap<Held>>,
         metrics: Arc<Metrics>,
-        pool: Pool,
+        backend: Arc<dyn ExpertBackend>,
+        lost: CancellationToken,
     ) -> std::io::Result<(Self, JoinHandle<()>)> {
         let (jobs, queue) = mpsc::channel(QUEUE);
         let thread = std::thread::Builder::new().name("experts".into());
-        let thread = thread.spawn(move || run(queue, &held, &metrics, &pool))?;
+        let thread = thread.spawn(move || run(queue, &held, &metrics, &*backend, &lost))?;
         Ok((Self { jobs }, thread))
     }
 
@@ -82,13 +86,30 @@ fn stopped() -> Refusal {
     Refusal::new(RefusalReason::Unavailable, "the node is stopping")
 }
 
-fn run(mut queue: mpsc::Receiver<Job>, held: &ArcSwap<Held>, metrics: &Metrics, pool: &Pool) {
+fn run(
+    mut queue: mpsc::Receiver<Job>,
+    held: &ArcSwap<Held>,
+    metrics: &Metrics,
+    backend: &dyn ExpertBackend,
+    lost: &CancellationToken,
+) {
     let mut jobs = Vec::with_capacity(QUEUE);
     while queue.blocking_recv_many(&mut jobs, QUEUE) > 0 {
         let begun = Instant::now();
         let held = held.load();
-        let started = jobs.drain(..).filter_map(|job| Running::start(job, &held)).collect();
-        run_batch(started, &held, metrics, pool);
+        let mut started: Vec<Running> = jobs.drain(..).filter_map(|job| Running::start(job, &held)).collect();
+        match run_batch(&mut started, &held, metrics, backend) {
+            Ok(()) => started.into_iter().for_each(Running::finish),
+            Err(error) => {
+                tracing::error!(%error, requests = started.len(), "a batch failed");
+                if matches!(error, DeviceError::Lost { .. }) {
+                    lost.cancel();
+                }
+                for running in started {
+                    running.refuse(&error);
+                }
+            }
+        }
         metrics.worked(begun.elapsed());
     }
 }
@@ -137,45 +158,85 @@ impl Running {
         // A router that no longer waits has lost interest.
         let _ = self.job.answer.send(Ok(ExpertOutputs { experts, rows }));
     }
+
+    fn refuse(self, error: &DeviceError) {
+        let reason = match error {
+            DeviceError::OutOfMemory { .. } => RefusalReason::Unavailable,
+            _ => RefusalReason::Internal,
+        };
+        let _ = self.job.answer.send(Err(Refusal::new(reason, error.to_string())));
+    }
 }
 
-fn run_batch(mut jobs: Vec<Running>, held: &Held, metrics: &Metrics, pool: &Pool) {
-    let mut work: BTreeMap<ExpertKey, Vec<(usize, usize)>> = BTreeMap::new();
-    for (j, running) in jobs.iter().enumerate() {
+/// Where rows of a part go.
+struct Share {
+    job: usize,
+    /// Which of the part's rows is the first of them.
+    first: usize,
+    /// How many.
+    rows: usize,
+    /// Where they begin in the job's rows.
+    start: usize,
+}
+
+/// Runs every expert that is held over its rows of all `jobs`.
+fn run_batch(
+    jobs: &mut [Running],
+    held: &Held,
+    metrics: &Metrics,
+    backend: &dyn ExpertBackend,
+) -> Result<(), DeviceError> {
+    let Some(width) = jobs.first().map(|running| running.job.request.hidden_states.width()) else { return Ok(()) };
+    // The hidden states of all jobs, one job after the other: where each job's begin.
+    let begins: Vec<usize> = jobs
+        .iter()
+        .scan(0, |next, running| {
+            let begin = *next;
+            *next += running.job.request.hidden_states.len();
+            Some(begin)
+        })
+        .collect();
+    let mut work: BTreeMap<ExpertKey, (Part, Vec<Share>)> = BTreeMap::new();
+    for (job, running) in jobs.iter().enumerate() {
         let request = &running.job.request;
-        for (p, part) in request.experts.iter().enumerate().filter(|(p, _)| running.experts[*p].is_ok()) {
-            work.entry(ExpertKey { layer: request.layer, expert: part.expert }).or_default().push((j, p));
+        for (part, start) in request.experts.iter().zip(&running.experts) {
+            let Ok(start) = *start else { continue };
+            let key = ExpertKey { layer: request.layer, expert: part.expert };
+            let new = || (Part { weights: &held[&key], rows: Vec::new() }, Vec::new());
+            let (of_expert, shares) = work.entry(key).or_insert_with(new);
+            shares.push(Share { job, first: of_expert.rows.len(), rows: part.rows.len(), start });
+            of_expert.rows.extend(part.rows.iter().map(|&row| begins[job] + row as usize));
         }
     }
-    for (key, parts) in work {
-        let weights = &held[&key];
-        let mut input = Vec::new(); // [rows, hidden]
-        metrics.ran(key, parts.iter().map(|&(j, p)| jobs[j].job.request.experts[p].rows.len()).sum());
-        for &(j, p) in &parts {
-            let request = &jobs[j].job.request;
-            for &row in &request.experts[p].rows {
-                request.hidden_states.append_row(row as usize, &mut input);
+    let mut outputs: Vec<Vec<f32>> = jobs.iter_mut().map(|running| std::mem::take(&mut running.rows)).collect();
+    let (keys, work): (Vec<_>, Vec<_>) = work.into_iter().unzip();
+    let (parts, shares): (Vec<Part>, Vec<Vec<Share>>) = work.into_iter().unzip();
+    let append = |row: usize, out: &mut Vec<f32>| {
+        let job = begins.partition_point(|begin| *begin <= row) - 1;
+        jobs[job].job.request.hidden_states.append_row(row - begins[job], out);
+    };
+    backend.run(&Batch { append: &append, parts: &parts }, &mut |part, first, rows| {
+        let last = first + rows.len() / width;
+        for share in &shares[part] {
+            let (from, to) = (first.max(share.first), last.min(share.first + share.rows));
+            if from < to {
+                let target = &mut outputs[share.job][(share.start + from - share.first) * width..];
+                target[..(to - from) * width].copy_from_slice(&rows[(from - first) * width..(to - first) * width]);
             }
         }
-        let output = weights.forward(&input, pool); // [rows, hidden]
-        let mut rest = output.as_slice();
-        for &(j, p) in &parts {
-            let running = &mut jobs[j];
-            let width = running.job.request.hidden_states.width();
-            let Ok(start) = &running.experts[p] else { continue };
-            let (rows, after) = rest.split_at(running.job.request.experts[p].rows.len() * width);
-            running.rows[*start * width..][..rows.len()].copy_from_slice(rows);
-            rest = after;
-        }
+    })?;
+    for (key, part) in keys.into_iter().zip(&parts) {
+        metrics.ran(key, part.rows.len());
     }
-    for running in jobs {
-        running.finish();
+    for (running, rows) in jobs.iter_mut().zip(outputs) {
+        running.rows = rows;
     }
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
-    use sirocco_compute::{ExpertMatrix, ExpertPacker};
+    use sirocco_compute::{CpuBackend, ExpertMatrix, ExpertPacker, GpuReadings, Pool};
     use sirocco_process::http::Health;
     use sirocco_process::metrics::Page;
     use sirocco_proto::expert::ExpertRows;
@@ -198,21 +259,36 @@ mod tests {
         }
     }
 
-    #[tokio::test]
-    async fn what_ran_is_counted_by_expert_and_what_was_refused_is_not() {
-        let mut packer = ExpertPacker::new(ExpertDtype::Bf16, HIDDEN, HIDDEN);
+    fn cpu() -> CpuBackend {
+        let (pool, dtype) = (Pool::new(1).unwrap(), ExpertDtype::Bf16);
+        CpuBackend { pool, dtype, hidden_size: HIDDEN, intermediate_size: HIDDEN }
+    }
+
+    fn key(expert: u32) -> ExpertKey {
+        ExpertKey { layer: LayerId(1), expert: ExpertId(expert) }
+    }
+
+    /// Experts 0 and 1 of layer 1.
+    fn held() -> Arc<ArcSwap<Held>> {
+        let mut packer = cpu().packer().unwrap();
         for matrix in ExpertMatrix::ALL {
             packer.push_rows(matrix, &[0; 2 * HIDDEN * HIDDEN]);
         }
-        let weights = Arc::new(packer.finish());
-        let key = |expert| ExpertKey { layer: LayerId(1), expert: ExpertId(expert) };
-        let held = Held::from([(key(0), Arc::clone(&weights)), (key(1), weights)]);
-        let page = Page::new(&Health::new("expert-node", "e"));
+        let weights = Arc::new(packer.finish().unwrap());
+        Arc::new(ArcSwap::from_pointee(Held::from([(key(0), Arc::clone(&weights)), (key(1), weights)])))
+    }
+
+    fn metrics(page: &Page) -> Arc<Metrics> {
         let spec = ModelSpec { num_hidden_layers: 3, num_local_experts: 8, ..testing::spec() };
-        let metrics = Arc::new(Metrics::new(&page, &spec));
-        let held = Arc::new(ArcSwap::from_pointee(held));
-        let pool = Pool::new(1).unwrap();
-        let (batcher, thread) = Batcher::start(Arc::clone(&held), Arc::clone(&metrics), pool).unwrap();
+        Arc::new(Metrics::new(page, &spec))
+    }
+
+    #[tokio::test]
+    async fn what_ran_is_counted_by_expert_and_what_was_refused_is_not() {
+        let page = Page::new(&Health::new("expert-node", "e"));
+        let (metrics, held) = (metrics(&page), held());
+        let (backend, lost) = (Arc::new(cpu()), CancellationToken::new());
+        let (batcher, thread) = Batcher::start(Arc::clone(&held), Arc::clone(&metrics), backend, lost).unwrap();
         metrics.watch(&page, &held, 1 << 20, &batcher);
         let outputs = batcher.run(request(&[(0, &[0, 1, 2]), (1, &[2, 0]), (5, &[1])])).unwrap().await.unwrap();
         assert_eq!(outputs.rows.len(), 5);
@@ -236,6 +312,139 @@ mod tests {
             assert!(text.lines().any(|shown| shown == line), "{line} is not in:\n{text}");
         }
         assert_eq!(text.matches("sirocco_expert_rows_total{").count(), 2, "only what is held is shown");
+    }
+
+    /// The CPU until its next batch, whose first expert is still run.
+    #[derive(Debug)]
+    struct Failing(CpuBackend, DeviceError);
+
+    impl ExpertBackend for Failing {
+        fn kind(&self) -> &'static str {
+            self.0.kind()
+        }
+
+        fn name(&self) -> String {
+            self.0.name()
+        }
+
+        fn capacity_bytes(&self) -> Option<u64> {
+            self.0.capacity_bytes()
+        }
+
+        fn packer(&self) -> Result<ExpertPacker, DeviceError> {
+            self.0.packer()
+        }
+
+        fn run(&self, batch: &Batch, done: &mut dyn FnMut(usize, usize, &[f32])) -> Result<(), DeviceError> {
+            self.0.run(&Batch { parts: &batch.parts[..1], ..*batch }, done)?;
+            Err(self.1.clone())
+        }
+
+        fn readings(&self) -> Option<GpuReadings> {
+            self.0.readings()
+        }
+    }
+
+    #[tokio::test]
+    async fn a_batch_that_fails_is_refused_whole_and_only_a_lost_device_is_the_end_of_the_node() {
+        let device = || "cuda:0".to_owned();
+        let cases = [
+            (
+                DeviceError::OutOfMemory { device: device(), what: "a batch", bytes: 7 },
+                RefusalReason::Unavailable,
+                false,
+            ),
+            (
+                DeviceError::Call { device: device(), call: "cuLaunchKernel", problem: "no".into() },
+                RefusalReason::Internal,
+                false,
+            ),
+            (
+                DeviceError::Lost { device: device(), call: "cuStreamSynchronize", problem: "gone".into() },
+                RefusalReason::Internal,
+                true,
+            ),
+        ];
+        for (error, reason, is_lost) in cases {
+            let page = Page::new(&Health::new("expert-node", "e"));
+            let (metrics, lost) = (metrics(&page), CancellationToken::new());
+            let backend = Arc::new(Failing(cpu(), error.clone()));
+            let (batcher, thread) = Batcher::start(held(), Arc::clone(&metrics), backend, lost.clone()).unwrap();
+            let refusal = batcher.run(request(&[(0, &[0]), (1, &[1])])).unwrap().await.unwrap_err();
+            assert_eq!((refusal.reason, refusal.message), (reason, error.to_string()));
+            drop(batcher);
+            thread.join().unwrap();
+            assert_eq!(lost.is_cancelled(), is_lost);
+            let LoadCounters::Expert { batches, .. } = metrics.load(0) else { panic!("an expert node's counters") };
+            assert_eq!(batches, 0, "what was not answered is not counted");
+        }
+    }
+
+    #[tokio::test]
+    async fn rows_come_back_to_the_request_that_sent_them_however_the_backend_hands_them_out() {
+        /// Hands out each row by itself, the last ones first: row `r` as `r`, one after the other.
+        #[derive(Debug)]
+        struct Backwards(CpuBackend);
+
+        impl ExpertBackend for Backwards {
+            fn kind(&self) -> &'static str {
+                self.0.kind()
+            }
+
+            fn name(&self) -> String {
+                self.0.name()
+            }
+
+            fn capacity_bytes(&self) -> Option<u64> {
+                self.0.capacity_bytes()
+            }
+
+            fn packer(&self) -> Result<ExpertPacker, DeviceError> {
+                self.0.packer()
+            }
+
+            fn run(&self, batch: &Batch, done: &mut dyn FnMut(usize, usize, &[f32])) -> Result<(), DeviceError> {
+                for (index, part) in batch.parts.iter().enumerate().rev() {
+                    for (place, &row) in part.rows.iter().enumerate().rev() {
+                        let mut state = Vec::new();
+                        (batch.append)(row, &mut state);
+                        done(index, place, &state);
+                    }
+                }
+                Ok(())
+            }
+
+            fn readings(&self) -> Option<GpuReadings> {
+                self.0.readings()
+            }
+        }
+
+        let page = Page::new(&Health::new("expert-node", "e"));
+        let (metrics, held) = (metrics(&page), held());
+        let numbered = |request: DispatchRequest, first: usize| {
+            let states = (first..first + 3).flat_map(|row| [row as f32; HIDDEN]).collect();
+            DispatchRequest { hidden_states: Rows::new(states, HIDDEN), ..request }
+        };
+        let asked = [&[(0, &[2, 0][..]), (1, &[1, 1])][..], &[], &[(1, &[0]), (5, &[2]), (0, &[1, 2])]];
+        let (answers, mut jobs): (Vec<_>, Vec<_>) = asked
+            .iter()
+            .enumerate()
+            .map(|(index, experts)| {
+                let (answer, answered) = oneshot::channel();
+                let job = Job { request: numbered(request(experts), 3 * index), expires: None, answer };
+                (answered, Running::start(job, &held.load()).unwrap())
+            })
+            .unzip();
+        run_batch(&mut jobs, &held.load(), &metrics, &Backwards(cpu())).unwrap();
+        jobs.into_iter().for_each(Running::finish);
+        let expected = [&[2, 0, 1, 1][..], &[], &[6, 7, 8]];
+        for (answer, expected) in answers.into_iter().zip(expected) {
+            let rows = answer.await.unwrap().unwrap().rows;
+            let mut got = Vec::new();
+            (0..rows.len()).for_each(|row| rows.append_row(row, &mut got));
+            let want: Vec<f32> = expected.iter().flat_map(|&row| [row as f32; HIDDEN]).collect();
+            assert_eq!(got, want);
+        }
     }
 
     #[tokio::test]

@@ -2,7 +2,8 @@
 //!
 //! - `loader`: follows the placement, reads weights, says what is held.
 //! - `service`: checks requests and answers them.
-//! - `batch`: runs each expert once for all the requests that wait for it, on a compute thread.
+//! - `batch`: runs each expert once for all the requests that wait for it, on a compute thread that has the CPU's or a GPU's
+//!   backend do it.
 //! - `metrics`: counts what that thread does; `load` reports it.
 //! - `departure`: when a node that is asked to stop may leave.
 //!
@@ -21,3 +22,4 @@ mod service;
 mod testing;
 
 pub use node::{Config, StartError, default_capacity, start};
+pub use sirocco_compute::DeviceChoice;

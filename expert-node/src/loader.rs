@@ -8,10 +8,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
+use sirocco_compute::ExpertBackend;
 use sirocco_model::Checkpoint;
 use sirocco_process::http::Health;
 use sirocco_store::{ClusterState, Keys, Registration, to_json};
-use sirocco_types::{ExpertDtype, ExpertHoldings, ExpertKey, NodeId, RefusedExpert};
+use sirocco_types::{ExpertHoldings, ExpertKey, NodeId, RefusedExpert};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -26,8 +27,8 @@ pub(crate) struct Loader {
     pub(crate) id: NodeId,
     pub(crate) keys: Keys,
     pub(crate) checkpoint: Arc<Checkpoint>,
-    /// What the experts are kept as.
-    pub(crate) dtype: ExpertDtype,
+    /// Keeps the experts.
+    pub(crate) backend: Arc<dyn ExpertBackend>,
     pub(crate) held: Arc<ArcSwap<Held>>,
     pub(crate) registration: Arc<Registration>,
     pub(crate) health: Health,
@@ -94,9 +95,10 @@ impl Loader {
             if !serves {
                 self.health.not_ready(format!("loading expert {} of {}", index + 1, missing.len()));
             }
-            let (checkpoint, dtype) = (Arc::clone(&self.checkpoint), self.dtype);
+            let (checkpoint, backend) = (Arc::clone(&self.checkpoint), Arc::clone(&self.backend));
             let began = Instant::now();
-            match tokio::task::spawn_blocking(move || checkpoint.load_expert(key, dtype)).await {
+            let load = move || checkpoint.load_expert_into(key, backend.packer()?);
+            match tokio::task::spawn_blocking(load).await {
                 Ok(Ok(weights)) => {
                     self.metrics.loaded(began.elapsed());
                     let weights = Arc::new(weights);
@@ -163,9 +165,10 @@ fn serves(state: &ClusterState, id: &NodeId, held: &Held) -> bool {
 mod tests {
     use std::path::Path;
 
+    use sirocco_compute::{CpuBackend, Pool};
     use sirocco_process::metrics::Page;
     use sirocco_store::{EmbeddedStore, LEASE_TTL, Mirror, Store};
-    use sirocco_types::{Epoch, EpochRef, ExpertId, LayerId, MemberState, PlacementKind};
+    use sirocco_types::{Epoch, EpochRef, ExpertDtype, ExpertId, LayerId, MemberState, PlacementKind};
     use tokio_util::task::TaskTracker;
 
     use super::*;
@@ -214,11 +217,18 @@ mod tests {
         let registration = Registration::open(Arc::clone(&store), "claim", "", LEASE_TTL).await.unwrap();
         let health = Health::new("expert-node", "a");
         let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/demo");
-        let loader = Loader {
+        let checkpoint = Checkpoint::open(&demo).unwrap();
+        let backend = CpuBackend {
+            pool: Pool::new(1).unwrap(),
             dtype: ExpertDtype::Bf16,
+            hidden_size: checkpoint.spec().hidden_size,
+            intermediate_size: checkpoint.spec().intermediate_size,
+        };
+        let loader = Loader {
             id: id("a"),
             keys: cluster_keys.clone(),
-            checkpoint: Arc::new(Checkpoint::open(&demo).unwrap()),
+            checkpoint: Arc::new(checkpoint),
+            backend: Arc::new(backend),
             held: Arc::default(),
             registration: Arc::new(registration),
             health: health.clone(),

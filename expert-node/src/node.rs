@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
-use sirocco_compute::{Pool, cpu_description, cuda_devices};
+use sirocco_compute::{CpuBackend, DeviceChoice, DeviceError, ExpertBackend, KernelSettings, Pool, open_backend};
 use sirocco_model::{Checkpoint, CheckpointError};
 use sirocco_process::http::{self, Health};
 use sirocco_process::metrics::Page;
@@ -38,10 +38,19 @@ pub struct Config {
     /// Where to serve /live, /ready, /health and /metrics
     #[arg(long, env = "SIROCCO_HTTP", value_name = "ADDR", default_value = "127.0.0.1:7501")]
     pub http: SocketAddr,
-    /// Compute threads
+    /// What to run experts on: cpu, an NVIDIA GPU by its number, or auto, which is the first GPU if it can be used, else the CPU
+    #[arg(long, env = "SIROCCO_DEVICE", value_name = "cpu|cuda:N|auto", default_value_t)]
+    pub device: DeviceChoice,
+    /// NVIDIA's runtime compiler, libnvrtc.so, for GPUs [default: the system's]
+    #[arg(long, env = "SIROCCO_NVRTC", value_name = "FILE")]
+    pub nvrtc: Option<PathBuf>,
+    /// Where to keep kernels compiled for GPUs [default: sirocco/kernels in the user's cache folder]
+    #[arg(long, env = "SIROCCO_KERNEL_CACHE", value_name = "FOLDER")]
+    pub kernel_cache: Option<PathBuf>,
+    /// Compute threads, of the CPU
     #[arg(long, env = "SIROCCO_THREADS", value_name = "N", default_value_t = sirocco_process::default_threads())]
     pub threads: usize,
-    /// Most bytes of expert weights to hold [default: four fifths of the machine's memory]
+    /// Most bytes of expert weights to hold [default: four fifths of the machine's memory, or what the GPU has room for]
     #[arg(long, env = "SIROCCO_CAPACITY_BYTES", value_name = "BYTES")]
     pub capacity_bytes: Option<u64>,
     /// How fast this node runs experts, in percent of an ordinary node: a node twice as fast gets twice the load
@@ -80,6 +89,17 @@ pub enum StartError {
     /// The system refuses threads or sockets.
     #[error("the system refuses: {0}")]
     System(#[from] std::io::Error),
+    /// The device cannot be used.
+    #[error("--device: {0}")]
+    Device(#[from] DeviceError),
+    /// The device has no room for that much.
+    #[error("--capacity-bytes: {asked}, the device has room for {room}")]
+    Capacity {
+        /// As told.
+        asked: u64,
+        /// After what kernels need.
+        room: u64,
+    },
     /// The compute threads cannot be started.
     #[error("--threads: {0}")]
     Threads(String),
@@ -103,11 +123,8 @@ pub async fn start(
     let http = bind("--http", config.http).await?;
     let (grpc_at, http_at) = (grpc.local_addr()?, http.local_addr()?);
     let reached_at = advertised(grpc_at, http_at, args.advertise.as_deref())?;
-    let pool = Pool::new(config.threads).map_err(|error| StartError::Threads(error.to_string()))?;
-
-    for gpu in cuda_devices() {
-        tracing::warn!(gpu, "this version computes experts on the CPU; the GPU stays idle");
-    }
+    let backend = backend(&config, &checkpoint).await?;
+    let capacity_bytes = capacity(config.capacity_bytes, backend.capacity_bytes())?;
 
     let member = Member {
         id: id.clone(),
@@ -118,8 +135,8 @@ pub async fn start(
         version: env!("CARGO_PKG_VERSION").to_owned(),
         incarnation: sirocco_process::incarnation(),
         zone: config.zone.clone(),
-        device: Some(Device { kind: "cpu".into(), name: device_name(&config) }),
-        capacity_bytes: Some(config.capacity_bytes.unwrap_or_else(default_capacity)),
+        device: Some(Device { kind: backend.kind().into(), name: device_name(&*backend, config.expert_dtype) }),
+        capacity_bytes: Some(capacity_bytes),
         speed: Some(config.speed),
         max_experts_per_layer: config.max_experts_per_layer,
         serving_epoch: None,
@@ -134,12 +151,19 @@ pub async fn start(
     let held = Arc::new(ArcSwap::from_pointee(Held::new()));
     let page = Page::new(&health);
     let metrics = Arc::new(Metrics::new(&page, checkpoint.spec()));
-    let (batcher, compute) = Batcher::start(Arc::clone(&held), Arc::clone(&metrics), pool)?;
-    metrics.watch(&page, &held, member.capacity_bytes.unwrap_or_default(), &batcher);
+    let (leave, lost) = (CancellationToken::new(), CancellationToken::new());
+    let (batcher, compute) =
+        Batcher::start(Arc::clone(&held), Arc::clone(&metrics), Arc::clone(&backend), lost.clone())?;
+    metrics.watch(&page, &held, capacity_bytes, &batcher);
+    if backend.kind() == "cuda" {
+        let gpu = Arc::clone(&backend);
+        Metrics::watch_gpu(&page, move || gpu.readings());
+    }
     let tasks = TaskTracker::new();
+    tasks.spawn(leave_when_lost(lost.clone(), leave.clone(), health.clone()));
     let states = ClusterState::follow(&mirror, &keys, &tasks);
     let registration = Arc::new(registration);
-    let (leave, grace) = (CancellationToken::new(), Duration::from_secs(args.drain_s));
+    let grace = Duration::from_secs(args.drain_s);
     let reporter = Reporter {
         node: id.clone(),
         incarnation: member.incarnation,
@@ -155,7 +179,7 @@ pub async fn start(
         id: id.clone(),
         keys: keys.clone(),
         checkpoint: Arc::clone(&checkpoint),
-        dtype: config.expert_dtype,
+        backend,
         held: Arc::clone(&held),
         registration: Arc::clone(&registration),
         health: health.clone(),
@@ -164,7 +188,7 @@ pub async fn start(
     };
     tasks.spawn(loader.run(states, leave.clone()));
     let service = Service { id, model: Arc::new(checkpoint.identity().clone()), held, batcher, metrics };
-    let life = Life { registration, mirror, tasks, compute, leave, grace };
+    let life = Life { registration, mirror, tasks, compute, leave, lost, grace };
     let life = tokio::spawn(life.run(service, (grpc, http), health.clone(), page));
     Ok(Running { id: args.id, grpc: grpc_at, http: http_at, health, life: AbortOnDropHandle::new(life) })
 }
@@ -177,6 +201,8 @@ struct Life {
     compute: std::thread::JoinHandle<()>,
     /// Cancelled once the node may leave.
     leave: CancellationToken,
+    /// Cancelled when the device is lost.
+    lost: CancellationToken,
     grace: Duration,
 }
 
@@ -209,17 +235,70 @@ impl Life {
         if tokio::task::spawn_blocking(|| self.compute.join().is_err()).await.unwrap_or(true) {
             return Err("the compute thread failed".into());
         }
+        if self.lost.is_cancelled() {
+            return Err("the device was lost".into());
+        }
         Ok(served?)
     }
 }
 
-/// What the node computes with, for people to read.
-fn device_name(config: &Config) -> String {
-    let cpu = cpu_description(config.threads);
-    match config.expert_dtype {
-        ExpertDtype::Bf16 => cpu,
-        quantised => format!("{cpu}, {quantised} experts"),
+/// What experts run on, as `config` wants it, for those of `checkpoint`. Takes seconds when kernels are compiled.
+async fn backend(config: &Config, checkpoint: &Checkpoint) -> Result<Arc<dyn ExpertBackend>, StartError> {
+    let pool = Pool::new(config.threads).map_err(|error| StartError::Threads(error.to_string()))?;
+    let (spec, device) = (checkpoint.spec(), config.device);
+    let cpu = CpuBackend {
+        pool,
+        dtype: config.expert_dtype,
+        hidden_size: spec.hidden_size,
+        intermediate_size: spec.intermediate_size,
+    };
+    let cache = config.kernel_cache.clone().or_else(default_kernel_cache);
+    let settings = KernelSettings { nvrtc: config.nvrtc.clone(), cache };
+    let opened = tokio::task::spawn_blocking(move || open_backend(device, &settings, cpu)).await;
+    let (backend, said) = opened.map_err(std::io::Error::other)??;
+    match said {
+        Some(reason) if device == DeviceChoice::Auto => {
+            tracing::warn!(reason, "no GPU can be used; experts run on the CPU");
+        }
+        Some(reason) => tracing::warn!(reason, "experts run on the CPU"),
+        None => tracing::info!(device = backend.kind(), name = backend.name(), "experts run here"),
     }
+    Ok(backend.into())
+}
+
+/// Most bytes of experts to hold: as `asked`, when the device has `room` for it.
+fn capacity(asked: Option<u64>, room: Option<u64>) -> Result<u64, StartError> {
+    match (asked, room) {
+        (Some(asked), Some(room)) if asked > room => Err(StartError::Capacity { asked, room }),
+        (asked, room) => Ok(asked.or(room).unwrap_or_else(default_capacity)),
+    }
+}
+
+/// Leaves at once when the device is `lost`: what the node holds, it cannot run any more.
+async fn leave_when_lost(lost: CancellationToken, leave: CancellationToken, health: Health) {
+    tokio::select! {
+        () = lost.cancelled() => {
+            tracing::error!("the device is lost; the node leaves");
+            health.not_ready("the device is lost");
+            leave.cancel();
+        }
+        () = leave.cancelled() => {}
+    }
+}
+
+/// What the node computes with, for people to read.
+fn device_name(backend: &dyn ExpertBackend, dtype: ExpertDtype) -> String {
+    match dtype {
+        ExpertDtype::Bf16 => backend.name(),
+        quantised => format!("{}, {quantised} experts", backend.name()),
+    }
+}
+
+/// `sirocco/kernels` in the folder that the system has for what can be made again.
+fn default_kernel_cache() -> Option<PathBuf> {
+    let folder = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    let caches = folder("XDG_CACHE_HOME").or_else(|| Some(folder("HOME")?.join(".cache")))?;
+    Some(caches.join("sirocco/kernels"))
 }
 
 /// Four fifths of the machine's memory, in bytes.
@@ -228,4 +307,29 @@ pub fn default_capacity() -> u64 {
     let total =
         info.lines().find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok());
     total.map_or(1 << 30, |kib| kib * 1024 / 5 * 4)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_node_holds_what_it_is_told_if_the_device_has_room_and_else_what_the_device_has_room_for() {
+        assert_eq!(capacity(Some(5), None).unwrap(), 5);
+        assert_eq!(capacity(Some(5), Some(9)).unwrap(), 5);
+        assert_eq!(capacity(None, Some(9)).unwrap(), 9);
+        assert_eq!(capacity(None, None).unwrap(), default_capacity());
+        let error = capacity(Some(10), Some(9)).unwrap_err().to_string();
+        assert_eq!(error, "--capacity-bytes: 10, the device has room for 9");
+    }
+
+    #[tokio::test]
+    async fn a_node_whose_device_is_lost_leaves_and_one_that_leaves_waits_for_no_device() {
+        let health = Health::new("expert-node", "e");
+        let (lost, leave) = (CancellationToken::new(), CancellationToken::new());
+        lost.cancel();
+        leave_when_lost(lost, leave.clone(), health.clone()).await;
+        assert!(leave.is_cancelled());
+        leave_when_lost(CancellationToken::new(), leave, health).await;
+    }
 }

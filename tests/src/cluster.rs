@@ -93,10 +93,12 @@ impl Cluster {
         Ok(())
     }
 
-    /// Starts `count` expert nodes more; returns when they listen.
-    pub fn add_experts(&mut self, count: usize, model: &Path) -> Result<()> {
+    /// Starts `count` expert nodes more, with more variables of environment; returns when they listen.
+    pub fn add_experts(&mut self, count: usize, model: &Path, envs: &[(&str, &str)]) -> Result<()> {
         let first = self.experts.len();
-        let new = listening((first..first + count).map(|index| self.launcher.expert(index, model)))?;
+        let mut launcher = self.launcher.clone();
+        launcher.envs.extend(envs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
+        let new = listening((first..first + count).map(|index| launcher.expert(index, model)))?;
         self.experts.extend(new);
         Ok(())
     }
@@ -118,7 +120,7 @@ impl Cluster {
 }
 
 /// Starts nodes of one cluster.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Launcher {
     cluster: String,
     etcd: String,

@@ -5,6 +5,8 @@
 
 mod bench;
 mod chaos;
+mod gpu;
+mod nvrtc;
 mod programs;
 mod steps;
 mod up;
@@ -23,7 +25,8 @@ Commands:
   up [ARGS...]   Build the release binaries, then become `sirocco up ARGS...` (`cargo xtask up --help` lists them)
   test           Check everything, as continuous integration does: formatting, lints, binaries, all tests, documentation.
                  Tests start programs: what SIROCCO_<PROGRAM>_BIN names (ETCD, ETCDCTL, CHROMIUM, CHROMEDRIVER, PROMTOOL,
-                 PYTHON, NODE, NPM, FAKETIME), else what is on the path, else Debian's packages, which are installed
+                 PYTHON, NODE, NPM, FAKETIME, CXX), else what is on the path, else Debian's packages, which are installed. GPU
+                 kernels are compiled by NVIDIA's compiler: the library that SIROCCO_NVRTC names, else that of a wheel from PyPI
       --no-install   Fail when one is missing instead of installing it
   bench [NAME]   Build for release, measure, and print figures beside what they must reach; fails when one does not
                  Without a name, the first four (docs/benchmarks.md)
@@ -34,6 +37,7 @@ Commands:
       plan       How long plans take, and how balanced they are (docs/simulation.md)
       control    Joins, drains and takeovers on a real etcd under load, and how often etcd is written
       serve      Streams, latency, cached prefixes, overload and idling of a cluster with the bundled model
+      gpu        Experts on an NVIDIA GPU over its copies and its matrix multiplications
       -o json    Print a list of objects instead of a table; not for plan and control
   chaos          Build for release and put faults into a cluster under load, in an order that a seed decides; fails when a
                  request fails, a byte changes or the cluster does not come to rest (docs/faults.md)
@@ -41,6 +45,9 @@ Commands:
       --minutes M    How long [default: 10]
   chaos table    The same faults one by one, each measured and printed beside its bar; fails when one is missed
       -o json        Print a list of objects instead of a table
+  gpu-check      Check what needs an NVIDIA GPU: kernels, goldens, clusters of GPU and CPU nodes, and memory by
+                 compute-sanitizer when it is there. Fails, saying what is missing, where there is no GPU
+      --no-install   As for test
   help           Print this
 
 Exit status: 0 done, 1 failed, 2 usage; `up` ends with the status of `sirocco up`.
@@ -56,7 +63,9 @@ fn main() -> ExitCode {
         ["up", rest @ ..] => up::run(rest),
         ["test"] => steps::test(programs::WhenMissing::Install),
         ["test", "--no-install"] => steps::test(programs::WhenMissing::Fail),
-        ["help" | "--help" | "-h"] | ["test" | "bench" | "chaos", "--help" | "-h"] => {
+        ["gpu-check"] => gpu::check(programs::WhenMissing::Install),
+        ["gpu-check", "--no-install"] => gpu::check(programs::WhenMissing::Fail),
+        ["help" | "--help" | "-h"] | ["test" | "bench" | "chaos" | "gpu-check", "--help" | "-h"] => {
             print!("{HELP}");
             Ok(())
         }
@@ -69,7 +78,9 @@ fn main() -> ExitCode {
             Err(problem) => return usage(&problem),
         },
         [] => return usage("a command is missing"),
-        ["test", other, ..] => return usage(&format!("`test` has no argument {other:?}")),
+        [command @ ("test" | "gpu-check"), other, ..] => {
+            return usage(&format!("`{command}` has no argument {other:?}"));
+        }
         [other, ..] => return usage(&format!("there is no command {other:?}")),
     };
     match result {

@@ -35,6 +35,7 @@ pub(crate) const PROGRAMS: [Program; 9] = [
     Program { name: "python3", variable: "SIROCCO_PYTHON_BIN", packages: PYTHON, unit: None },
     Program { name: "node", variable: "SIROCCO_NODE_BIN", packages: &["nodejs"], unit: None },
     Program { name: "faketime", variable: "SIROCCO_FAKETIME_BIN", packages: &["faketime"], unit: None },
+    Program { name: "c++", variable: "SIROCCO_CXX_BIN", packages: &["g++"], unit: None },
     Program { name: "npm", variable: "SIROCCO_NPM_BIN", packages: &["npm"], unit: None },
 ];
 
@@ -58,6 +59,14 @@ pub(crate) enum WhenMissing {
 pub(crate) struct Found(Vec<(&'static str, PathBuf)>);
 
 impl Found {
+    /// The file of a program that was asked for.
+    pub(crate) fn path(&self, name: &str) -> Result<&Path> {
+        let program = PROGRAMS.iter().find(|program| program.name == name);
+        let variable = program.with_context(|| format!("{name} is no program of tests"))?.variable;
+        let found = self.0.iter().find(|(known, _)| *known == variable);
+        Ok(&found.with_context(|| format!("{name} was not looked for"))?.1)
+    }
+
     /// Tells tests which programs to start.
     pub(crate) fn export(&self, command: &mut Command) {
         command.envs(self.0.iter().map(|(variable, path)| (variable, path)));

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 
+use crate::nvrtc;
 use crate::programs::{self, WhenMissing};
 
 /// Cargo's arguments for each check. Tests start the built binaries, so these are built first; `cargo test` covers unit,
@@ -23,9 +24,11 @@ pub(crate) fn test(when_missing: WhenMissing) -> Result<()> {
     need_component("rustfmt", "fmt")?;
     need_component("clippy", "clippy")?;
     let found = step("programs that tests start", || programs::ensure(&programs::all(), when_missing))?;
+    let library = step("NVIDIA's compiler, for GPU kernels", || nvrtc::ensure(&found, when_missing))?;
     for check in CHECKS {
         let mut command = crate::cargo(check)?;
         found.export(&mut command);
+        command.env(nvrtc::VARIABLE, &library);
         if check[0] == "doc" {
             command.env("RUSTDOCFLAGS", "-D warnings");
         }
@@ -35,7 +38,8 @@ pub(crate) fn test(when_missing: WhenMissing) -> Result<()> {
     Ok(())
 }
 
-fn step<T>(name: &str, run: impl FnOnce() -> Result<T>) -> Result<T> {
+/// Says what is done, does it, and says how it went.
+pub(crate) fn step<T>(name: &str, run: impl FnOnce() -> Result<T>) -> Result<T> {
     println!("xtask: {name}");
     let began = Instant::now();
     let result = run();
@@ -44,7 +48,8 @@ fn step<T>(name: &str, run: impl FnOnce() -> Result<T>) -> Result<T> {
     result.with_context(|| format!("failed: {name}"))
 }
 
-fn succeed(command: &mut Command) -> Result<()> {
+/// Runs a program to its end, which must be a good one.
+pub(crate) fn succeed(command: &mut Command) -> Result<()> {
     let status = command.status().with_context(|| format!("start {}", command.get_program().display()))?;
     if !status.success() {
         bail!("it ended with {status}");

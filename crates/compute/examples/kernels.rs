@@ -131,7 +131,7 @@ fn expert(seed: u64) -> ExpertWeights {
             packer.push_rows(matrix, &rows);
         }
     }
-    packer.finish()
+    packer.finish().expect("the CPU has room")
 }
 
 fn matrix(outputs: usize, inputs: usize) -> PackedMatrix {

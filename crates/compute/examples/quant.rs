@@ -84,5 +84,5 @@ fn expert(dtype: ExpertDtype) -> ExpertWeights {
             packer.push_rows(matrix, &rows);
         }
     }
-    packer.finish()
+    packer.finish().expect("the CPU has room")
 }

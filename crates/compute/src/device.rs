@@ -6,17 +6,6 @@ pub fn cpu_description(threads: usize) -> String {
     format!("{}, {}, {threads} thread{plural}", cpu_name(), instructions())
 }
 
-/// The names of the NVIDIA GPUs of this machine; none where there is no driver.
-pub fn cuda_devices() -> Vec<String> {
-    use cudarc::driver::result::{device, init};
-    // SAFETY: it only looks for the driver's library. Everything else in cudarc panics without it.
-    if !unsafe { cudarc::driver::sys::is_culib_present() } || init().is_err() {
-        return Vec::new();
-    }
-    let count = device::get_count().unwrap_or(0);
-    (0..count).filter_map(|index| device::get_name(device::get(index).ok()?).ok()).collect()
-}
-
 fn cpu_name() -> String {
     let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let name = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));

@@ -3,6 +3,7 @@
 use sirocco_types::ExpertDtype;
 
 use crate::Pool;
+use crate::cuda::{CudaExpert, CudaPacker, DeviceError};
 use crate::disjoint::Disjoint;
 use crate::exp::exp;
 use crate::matmul::{ROWS, Row, Tiles, Tiling, multiply, multiply_into};
@@ -12,7 +13,13 @@ use crate::wide::wide;
 
 /// The weights of one expert, packed as its kernels read them.
 #[derive(Debug)]
-pub struct ExpertWeights(Weights);
+pub struct ExpertWeights(Held);
+
+#[derive(Debug)]
+enum Held {
+    Cpu(Weights),
+    Cuda(CudaExpert),
+}
 
 #[derive(Debug)]
 enum Weights {
@@ -24,18 +31,27 @@ impl ExpertWeights {
     /// Memory the weights take.
     pub fn bytes(&self) -> usize {
         match &self.0 {
-            Weights::Bf16(expert) => expert.gate_up.bytes() + expert.down.bytes(),
-            Weights::Quant(expert) => expert.bytes(),
+            Held::Cpu(Weights::Bf16(expert)) => expert.gate_up.bytes() + expert.down.bytes(),
+            Held::Cpu(Weights::Quant(expert)) => expert.bytes(),
+            Held::Cuda(expert) => expert.bytes(),
         }
     }
 
     /// `down(silu(gate(x)) * up(x))` of each row of `x`, `[rows, hidden_size]`, in the same shape. A row's result does not
     /// depend on the rows beside it. Source: GLU Variants Improve Transformer, arXiv 2002.05202.
+    ///
+    /// Panics for an expert in a GPU's memory, which only that GPU's [`CudaBackend`](crate::CudaBackend) can run.
     pub fn forward(&self, x: &[f32], pool: &Pool) -> Vec<f32> {
         match &self.0 {
-            Weights::Bf16(expert) => expert.forward(x, pool),
-            Weights::Quant(expert) => expert.forward(x, pool),
+            Held::Cpu(Weights::Bf16(expert)) => expert.forward(x, pool),
+            Held::Cpu(Weights::Quant(expert)) => expert.forward(x, pool),
+            Held::Cuda(_) => panic!("an expert in a GPU's memory cannot be run by the CPU"),
         }
+    }
+
+    /// When it is in a GPU's memory.
+    pub(crate) fn on_gpu(&self) -> Option<&CudaExpert> {
+        if let Held::Cuda(expert) = &self.0 { Some(expert) } else { None }
     }
 }
 
@@ -58,18 +74,25 @@ impl ExpertMatrix {
 /// Builds [`ExpertWeights`] from rows of its matrices as they are read, so that no second copy is needed.
 #[derive(Debug)]
 pub struct ExpertPacker {
-    weights: Weights,
+    weights: Filling,
     hidden: usize,
     inter: usize,
     /// Rows pushed of each [`ExpertMatrix`].
     rows: [usize; 3],
 }
 
+/// Where rows go.
+#[derive(Debug)]
+enum Filling {
+    Cpu(Weights),
+    Cuda(CudaPacker),
+}
+
 impl ExpertPacker {
     /// Rows are pushed in multiples of this many, but for the last push of a matrix.
     pub const ROWS: usize = PANEL;
 
-    /// A packer for an expert of this shape, which it keeps as `dtype`.
+    /// A packer for an expert of this shape, which it keeps as `dtype` for the CPU.
     pub fn new(dtype: ExpertDtype, hidden_size: usize, intermediate_size: usize) -> Self {
         let quantised = |width| Weights::Quant(QuantExpert::zeroed(width, hidden_size, intermediate_size));
         let weights = match dtype {
@@ -77,7 +100,12 @@ impl ExpertPacker {
             ExpertDtype::Int8 => quantised(QuantWidth::Int8),
             ExpertDtype::Int4 => quantised(QuantWidth::Int4),
         };
-        Self { weights, hidden: hidden_size, inter: intermediate_size, rows: [0; 3] }
+        Self { weights: Filling::Cpu(weights), hidden: hidden_size, inter: intermediate_size, rows: [0; 3] }
+    }
+
+    /// A packer that fills an expert of this shape in a GPU's memory.
+    pub(crate) fn on_gpu(packer: CudaPacker, hidden: usize, inter: usize) -> Self {
+        Self { weights: Filling::Cuda(packer), hidden, inter, rows: [0; 3] }
     }
 
     /// `[outputs, inputs]` of a matrix.
@@ -91,17 +119,21 @@ impl ExpertPacker {
         let (outputs, inputs) = self.shape(matrix);
         let rows = &mut self.rows[matrix as usize];
         *rows = fill(bytes, inputs, *rows, outputs, |panel, rows| match &mut self.weights {
-            Weights::Bf16(expert) => expert.fill(matrix, panel, rows),
-            Weights::Quant(expert) => expert.fill(matrix, panel, rows),
+            Filling::Cpu(Weights::Bf16(expert)) => expert.fill(matrix, panel, rows),
+            Filling::Cpu(Weights::Quant(expert)) => expert.fill(matrix, panel, rows),
+            Filling::Cuda(packer) => packer.fill(matrix, panel, rows),
         });
     }
 
-    /// The expert. Panics when rows are missing.
-    pub fn finish(self) -> ExpertWeights {
+    /// The expert. Panics when rows are missing. Errors only when it was to go into a GPU's memory and did not get there.
+    pub fn finish(self) -> Result<ExpertWeights, DeviceError> {
         for matrix in ExpertMatrix::ALL {
             assert_eq!(self.rows[matrix as usize], self.shape(matrix).0, "every row of {matrix:?} was pushed");
         }
-        ExpertWeights(self.weights)
+        Ok(ExpertWeights(match self.weights {
+            Filling::Cpu(weights) => Held::Cpu(weights),
+            Filling::Cuda(packer) => Held::Cuda(packer.finish()?),
+        }))
     }
 }
 
@@ -216,7 +248,7 @@ mod tests {
             let (_, inputs) = packer.shape(matrix);
             bytes.chunks(ExpertPacker::ROWS * inputs * 2).for_each(|rows| packer.push_rows(matrix, rows));
         }
-        packer.finish()
+        packer.finish().unwrap()
     }
 
     /// Multiplies one row with `w`, `[outputs, x.len()]`, by the rule.

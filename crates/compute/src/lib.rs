@@ -9,10 +9,13 @@
 //! forced with [`Pool::with_isa`].
 //!
 //! This is the only crate with `unsafe`: vector intrinsics, threads that share a job and write disjoint parts of one output,
-//! memory in huge pages, and the CUDA driver. GPUs are found, not used yet: every kernel runs on the CPU.
+//! memory in huge pages, and NVIDIA's driver, compiler and management library. Experts run on GPUs too ([`CudaBackend`]), by a
+//! rule of their own; all else runs on the CPU.
 
 mod attention;
+mod backend;
 mod combine;
+mod cuda;
 mod device;
 mod disjoint;
 mod exp;
@@ -27,8 +30,10 @@ mod quant;
 mod wide;
 
 pub use attention::{AttentionShape, BLOCK_TOKENS, KvLayer, Queries, attend};
+pub use backend::{Batch, CpuBackend, DeviceChoice, ExpertBackend, GpuReadings, Part, UnknownDevice, open_backend};
 pub use combine::weighted_sum;
-pub use device::{cpu_description, cuda_devices};
+pub use cuda::{CudaBackend, DeviceError, KernelSettings, cuda_devices};
+pub use device::cpu_description;
 pub use exp::exp_relative;
 pub use ffn::{ExpertMatrix, ExpertPacker, ExpertWeights};
 pub use isa::Isa;

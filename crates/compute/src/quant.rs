@@ -18,7 +18,7 @@ mod tests;
 mod x86;
 
 pub(crate) use expert::QuantExpert;
-pub(crate) use matrix::QuantWidth;
+pub(crate) use matrix::{QuantWidth, quantise};
 
 /// Consecutive inputs that share a scale.
 pub(crate) const GROUP: usize = 32;

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use half::bf16;
 use safetensors::tensor::{Metadata, TensorInfo};
-use sirocco_compute::{ExpertMatrix, ExpertPacker, ExpertWeights, PackedMatrix, Packer};
+use sirocco_compute::{DeviceError, ExpertMatrix, ExpertPacker, ExpertWeights, PackedMatrix, Packer};
 use sirocco_types::{ExpertDtype, ExpertKey, Fingerprint, LayerId, ModelIdentity, ModelSpec};
 
 use crate::config::{read_json, read_spec};
@@ -74,6 +74,9 @@ pub enum CheckpointError {
         /// Why not; an early end of file means that the file was cut.
         error: std::io::Error,
     },
+    /// The device does not take an expert.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
 }
 
 /// An open checkpoint: its shape and where each tensor lies. Weights stay in the files.
@@ -140,14 +143,19 @@ impl Checkpoint {
         self.shards.iter().map(|shard| shard.len).sum()
     }
 
-    /// Reads one expert, and not a byte of another, and keeps it as `dtype`.
+    /// Reads one expert, and not a byte of another, and keeps it as `dtype` for the CPU.
     pub fn load_expert(&self, key: ExpertKey, dtype: ExpertDtype) -> Result<ExpertWeights, CheckpointError> {
-        let mut packer = ExpertPacker::new(dtype, self.spec().hidden_size, self.spec().intermediate_size);
+        let spec = self.spec();
+        self.load_expert_into(key, ExpertPacker::new(dtype, spec.hidden_size, spec.intermediate_size))
+    }
+
+    /// Reads one expert, and not a byte of another, into `packer`, which is new and for experts of this shape.
+    pub fn load_expert_into(&self, key: ExpertKey, mut packer: ExpertPacker) -> Result<ExpertWeights, CheckpointError> {
         for (matrix, weight) in [(ExpertMatrix::Gate, "w1"), (ExpertMatrix::Up, "w3"), (ExpertMatrix::Down, "w2")] {
             let rows = |bytes: &[u8]| packer.push_rows(matrix, bytes);
             self.read_rows(&expert_tensor(key, weight), ExpertPacker::ROWS, rows)?;
         }
-        Ok(packer.finish())
+        Ok(packer.finish()?)
     }
 
     /// Reads and packs a matrix.

@@ -69,7 +69,6 @@ impl InProcess {
         }
 
         let group = &mut self.experts;
-        let capacity = sirocco_expert_node::default_capacity() / u64::from(args.expert_nodes);
         for index in 0..args.expert_nodes {
             let any = ([127, 0, 0, 1], 0).into();
             let config = sirocco_expert_node::Config {
@@ -77,7 +76,10 @@ impl InProcess {
                 grpc: any,
                 http: any,
                 threads: args.threads,
-                capacity_bytes: Some(capacity),
+                capacity_bytes: args.capacity_bytes(),
+                device: args.device,
+                nvrtc: args.nvrtc.clone(),
+                kernel_cache: args.kernel_cache.clone(),
                 speed: 100,
                 max_experts_per_layer: None,
                 expert_dtype: args.expert_dtype,

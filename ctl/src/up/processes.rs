@@ -49,13 +49,17 @@ impl Processes {
             self.spawn(args, "router-node", format!("router-{index}"), &flags)?;
         }
         let dtype = args.expert_dtype.as_str();
-        let capacity = (sirocco_expert_node::default_capacity() / u64::from(args.expert_nodes)).to_string();
+        let (capacity, device) = (args.capacity_bytes().map(|bytes| bytes.to_string()), args.device.to_string());
         for index in 0..args.expert_nodes {
-            let flags = [
-                ["--model", model, "--grpc", ANY, "--http", ANY].as_slice(),
-                &["--no-progress", "--capacity-bytes", &capacity, "--expert-dtype", dtype],
-            ]
-            .concat();
+            let mut flags = vec!["--model", model, "--grpc", ANY, "--http", ANY, "--no-progress"];
+            flags.extend(["--expert-dtype", dtype, "--device", &device]);
+            let paths = [("--nvrtc", &args.nvrtc), ("--kernel-cache", &args.kernel_cache)];
+            for (flag, path) in paths.iter().filter_map(|(flag, path)| Some((flag, path.as_ref()?))) {
+                flags.extend([*flag, path.to_str().with_context(|| format!("{flag} is not UTF-8"))?]);
+            }
+            if let Some(capacity) = &capacity {
+                flags.extend(["--capacity-bytes", capacity]);
+            }
             self.spawn(args, "expert-node", format!("expert-{index}"), &flags)?;
         }
         Ok(())

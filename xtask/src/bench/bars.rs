@@ -36,3 +36,13 @@ pub(super) const MODEL: &[(&str, Bar)] = &[
     ("peak memory bf16", Bar::below(1.1).stretch(1.03)),
     ("loading bf16", Bar::above(1.0)),
 ];
+
+/// An expert of Mixtral's size on one card: weight bytes over the card's copies, operations over its matrix multiplications, a mix of
+/// rows over the same rows evenly.
+pub(super) const GPU: &[(&str, Bar)] = &[
+    ("gpu expert ffn bf16, 1 row", Bar::above(0.75).stretch(0.9)),
+    ("gpu expert ffn bf16, 8 rows", Bar::above(0.75).stretch(0.9)),
+    ("gpu expert ffn bf16, 512 rows", Bar::above(0.65).stretch(0.85)),
+    ("gpu expert ffn bf16, 4096 rows", Bar::above(0.65).stretch(0.85)),
+    ("gpu uneven mix bf16", Bar::above(0.8).stretch(0.95)),
+];

@@ -3,6 +3,7 @@
 mod bars;
 mod control;
 pub(crate) mod figures;
+mod gpu;
 mod model;
 pub(crate) mod parts;
 mod plan;
@@ -23,10 +24,11 @@ enum Bench {
 }
 
 /// The benchmarks by name. Without a name those of [`parts::PARTS`] run.
-const BENCHES: [(&str, Bench); 3] = [
+const BENCHES: [(&str, Bench); 4] = [
     ("plan", Bench::Prints(plan::run)),
     ("control", Bench::Prints(control::run)),
     ("serve", Bench::Measures(serve::run)),
+    ("gpu", Bench::Measures(gpu::run)),
 ];
 
 /// What the command line asks for.

@@ -58,7 +58,7 @@ fn measure_part(part: &Part) -> Vec<Figure> {
 }
 
 /// Each figure with its bar, and each bar without a figure.
-fn beside(lines: Lines, bars: &[(&str, Bar)]) -> Vec<Figure> {
+pub(super) fn beside(lines: Lines, bars: &[(&str, Bar)]) -> Vec<Figure> {
     let bar = |name: &str| bars.iter().find(|(known, _)| *known == name).map(|(_, bar)| *bar);
     let absent: Vec<Figure> = bars
         .iter()

@@ -124,7 +124,7 @@ pub(super) fn weight(width: QuantWidth, lines: &[Line], lane: usize, input: usiz
 wide! {
     /// Quantises up to [`GROUP`] little-endian bf16 values, padded with zeros: the bits of their bf16 scale, and the weights as
     /// they are stored.
-    fn quantise(width: QuantWidth, values: &[u8]) -> (u16, [u8; GROUP]) = group
+    pub(crate) fn quantise(width: QuantWidth, values: &[u8]) -> (u16, [u8; GROUP]) = group
 }
 
 /// Added to a number within ±2^22 it leaves its nearest integer, ties to even, in the lowest bits.

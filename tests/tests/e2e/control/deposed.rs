@@ -26,7 +26,7 @@ async fn a_leader_that_was_stopped_past_its_lease_writes_nothing_when_it_wakes()
     let from = ctl::revision(&etcd.endpoint()).unwrap() + 1;
 
     // It is stopped while it waits for a node that has joined to settle, so that it wakes with a placement to make.
-    cluster.add_experts(1, &demo).unwrap();
+    cluster.add_experts(1, &demo, &[]).unwrap();
     until("the leader to see the node", async || {
         to_old.nodes().await.iter().any(|node| node.id == "expert-3").then_some(())
     })
@@ -53,7 +53,7 @@ async fn a_leader_that_was_stopped_past_its_lease_writes_nothing_when_it_wakes()
     let (cordoned, ()) = tokio::join!(asked, wake);
     assert_eq!(cordoned.leader, new, "only the new leader may write");
     others.complete(uncordon("expert-0")).await;
-    cluster.add_experts(1, &demo).unwrap();
+    cluster.add_experts(1, &demo, &[]).unwrap();
     others.serves("expert-4").await;
     others.settled().await;
     let log = || cluster.coordinators[old_index].process.stderr();

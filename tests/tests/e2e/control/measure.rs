@@ -47,7 +47,7 @@ async fn joins_takeovers_and_writes_keep_their_limits() {
     let operator = Operator::of(&cluster);
     for run in 0..RUNS {
         let began = Instant::now();
-        cluster.add_experts(1, &demo).unwrap();
+        cluster.add_experts(1, &demo, &[]).unwrap();
         operator.serves(&format!("expert-{}", size.experts + run)).await;
         operator.settled().await;
         joins.push(began.elapsed());

@@ -37,7 +37,7 @@ async fn three_coordinators_survive_the_loss_of_an_etcd_member_and_compaction() 
         ctl::etcdctl(endpoint, &["defrag"]).unwrap();
     }
     operator.complete(uncordon("expert-0")).await;
-    cluster.add_experts(1, &repository("models/demo")).unwrap();
+    cluster.add_experts(1, &repository("models/demo"), &[]).unwrap();
     operator.serves("expert-3").await;
     operator.settled().await;
     clients.progress(8).await;

@@ -3,6 +3,7 @@
 mod clients;
 mod deposed;
 mod faults;
+mod gpu;
 mod measure;
 mod members;
 mod nodes;

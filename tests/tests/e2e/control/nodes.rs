@@ -20,7 +20,7 @@ async fn a_joining_node_serves_its_share_within_seconds() {
     let size = Size { coordinators: 1, routers: 1, experts: 3 };
     let mut cluster = demo_cluster(&etcd.endpoint(), "joined", size, &[]);
     let clients = Clients::of_goldens(&[&cluster.routers[0].grpc], 2);
-    cluster.add_experts(1, &repository("models/demo")).unwrap();
+    cluster.add_experts(1, &repository("models/demo"), &[]).unwrap();
     let operator = Operator::of(&cluster);
     operator.serves("expert-3").await;
     operator.settled().await;

@@ -33,7 +33,7 @@ async fn operations_under_load_fail_no_request_and_change_no_byte() {
     clients.progress(8).await;
 
     let demo = repository("models/demo");
-    leaders.interrupt(&mut cluster, async |cluster, _| cluster.add_experts(2, &demo).unwrap()).await;
+    leaders.interrupt(&mut cluster, async |cluster, _| cluster.add_experts(2, &demo, &[]).unwrap()).await;
     for node in ["expert-9", "expert-10"] {
         Operator::of(&cluster).serves(node).await;
     }

@@ -1,0 +1,370 @@
+//! Runs batches of experts on a GPU.
+//!
+//! A batch is cut into waves that the workspace has room for. Two lanes, each with a stream and buffers of its own, take turns:
+//! while one computes, the other's rows come in or go out. A wave is one copy in of what to do and one of its hidden states, each
+//! once however many experts want it; two launches for each half of the experts at most; and one copy out. The workspace is
+//! there from the start, so a batch needs no memory.
+
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use sirocco_types::ExpertDtype;
+
+use super::error::DeviceError;
+use super::expert::{CudaExpert, CudaPacker, Staging};
+use super::gpu::{Gpu, Kernel, Memory, Pinned, Stream};
+use super::kernels::{KernelSettings, Kernels, grid_y};
+use super::layout::{BLOCK, Layout, Matrix};
+use super::nvml::Nvml;
+use super::plan::{Piece, Work, items, waves};
+use crate::backend::{Batch, ExpertBackend, GpuReadings};
+use crate::ffn::ExpertPacker;
+
+/// Most rows of a wave.
+const SLOTS: usize = 4096;
+
+/// Bytes of an item as kernels read it: two addresses, its first slot, its rows.
+const ITEM: usize = 24;
+
+/// The part of a GPU's memory that is left to the driver and to others: one in so many.
+const RESERVE: usize = 32;
+
+/// Experts on a GPU.
+#[derive(Debug)]
+pub struct CudaBackend {
+    // Dropped in this order: what may still be under way first.
+    lanes: Mutex<[Lane; 2]>,
+    staging: Arc<Mutex<Staging>>,
+    kernels: Kernels,
+    layout: Layout,
+    capacity: usize,
+    nvml: Option<Nvml>,
+    gpu: Arc<Gpu>,
+}
+
+impl CudaBackend {
+    /// Takes the GPU `cuda:ordinal` for experts of this shape, kept as `dtype`: compiles kernels unless they are cached, and takes
+    /// the workspace. Errors say what is missing.
+    pub fn open(
+        ordinal: usize,
+        settings: &KernelSettings,
+        dtype: ExpertDtype,
+        (hidden, inter): (usize, usize),
+    ) -> Result<Self, DeviceError> {
+        let gpu = Gpu::open(ordinal)?;
+        let kernels = Kernels::load(&gpu, settings, dtype)?;
+        let layout = Layout { dtype, hidden, inter };
+        let (free, total) = gpu.memory()?;
+        let needed = 2 * Lane::device_bytes(layout) + total / RESERVE;
+        if needed + layout.bytes() > free {
+            let device = format!("cuda:{ordinal}");
+            let needed = needed + layout.bytes();
+            return Err(DeviceError::NotEnough { device, what: "the workspace and one expert", needed, free, total });
+        }
+        let lanes = [Lane::new(&gpu, layout)?, Lane::new(&gpu, layout)?];
+        let staging = Arc::new(Mutex::new(Staging::new(&gpu, layout)?));
+        let nvml = Nvml::open(gpu.bus());
+        let capacity = free - needed;
+        Ok(Self { lanes: Mutex::new(lanes), staging, kernels, layout, capacity, nvml, gpu })
+    }
+}
+
+impl CudaBackend {
+    /// For benchmarks: how long the kernels take for the first wave of `batch`, without the copies on both sides, on average over
+    /// `times`.
+    pub fn kernel_time(&self, batch: &Batch, times: u32) -> Result<Duration, DeviceError> {
+        let rows: Vec<usize> = batch.parts.iter().map(|part| part.rows.len()).collect();
+        let Some(wave) = waves(&rows, SLOTS).into_iter().next() else { return Ok(Duration::ZERO) };
+        let mut lanes = self.lanes.lock().unwrap_or_else(PoisonError::into_inner);
+        let lane = &mut lanes[0];
+        let mut timed = || {
+            let work = lane.prepare(self.layout, batch, &wave)?;
+            lane.compute(&self.kernels, self.layout, &work)?;
+            lane.stream.wait()?;
+            let since = Instant::now();
+            (0..times).try_for_each(|_| lane.compute(&self.kernels, self.layout, &work))?;
+            lane.stream.wait()?;
+            Ok(since.elapsed() / times)
+        };
+        let result = timed();
+        if result.is_err() {
+            lane.stop();
+        }
+        result
+    }
+}
+
+impl ExpertBackend for CudaBackend {
+    fn kind(&self) -> &'static str {
+        "cuda"
+    }
+
+    fn name(&self) -> String {
+        self.gpu.name().to_owned()
+    }
+
+    fn capacity_bytes(&self) -> Option<u64> {
+        Some(self.capacity as u64)
+    }
+
+    fn packer(&self) -> Result<ExpertPacker, DeviceError> {
+        let packer = CudaPacker::new(&self.gpu, self.layout, Arc::clone(&self.staging))?;
+        Ok(ExpertPacker::on_gpu(packer, self.layout.hidden, self.layout.inter))
+    }
+
+    fn run(&self, batch: &Batch, done: &mut dyn FnMut(usize, usize, &[f32])) -> Result<(), DeviceError> {
+        let rows: Vec<usize> = batch.parts.iter().map(|part| part.rows.len()).collect();
+        // A panic left a wave under way at worst, which `stop` waits for.
+        let mut lanes = self.lanes.lock().unwrap_or_else(PoisonError::into_inner);
+        let waves = waves(&rows, SLOTS);
+        let count = waves.len();
+        let result = waves.into_iter().enumerate().try_for_each(|(index, wave)| {
+            let lane = &mut lanes[index % 2];
+            lane.finish(self.layout, done)?;
+            lane.start(&self.kernels, self.layout, batch, wave)
+        });
+        let result = result.and_then(|()| (count..count + 2).try_for_each(|i| lanes[i % 2].finish(self.layout, done)));
+        if result.is_err() {
+            lanes.iter_mut().for_each(Lane::stop);
+        }
+        result
+    }
+
+    fn readings(&self) -> Option<GpuReadings> {
+        self.nvml.as_ref()?.read()
+    }
+}
+
+/// A stream with the memory for a wave.
+#[derive(Debug)]
+struct Lane {
+    // Dropped first, and waits for what is under way.
+    stream: Stream,
+    /// On the host: items of few rows, items of many rows, then for each slot its row, `[slots]` u32.
+    work: Pinned,
+    /// On the host: `[rows, hidden]` bf16, padded to whole blocks.
+    rows: Pinned,
+    /// On the host: `[slots, hidden]` f32.
+    output: Pinned,
+    /// `work` and the others, on the device.
+    device_work: Memory,
+    device_rows: Memory,
+    device_output: Memory,
+    /// On the device: `[slots, inter]` bf16, padded to whole blocks.
+    gated: Memory,
+    /// What is under way.
+    pieces: Vec<Piece>,
+    /// A row on its way into `rows`.
+    row: Vec<f32>,
+}
+
+impl Lane {
+    /// Bytes of `work`, `rows`, `output`, and `gated`.
+    fn sizes(layout: Layout) -> [usize; 4] {
+        let padded = |width: usize| SLOTS * width.next_multiple_of(BLOCK) * 2;
+        [SLOTS * (ITEM + 4), padded(layout.hidden), SLOTS * layout.hidden * 4, padded(layout.inter)]
+    }
+
+    fn device_bytes(layout: Layout) -> usize {
+        Self::sizes(layout).iter().sum()
+    }
+
+    fn new(gpu: &Arc<Gpu>, layout: Layout) -> Result<Self, DeviceError> {
+        const WHAT: &str = "the workspace";
+        let [work, rows, output, gated] = Self::sizes(layout);
+        Ok(Self {
+            stream: gpu.stream()?,
+            work: gpu.allocate_pinned(work)?,
+            rows: gpu.allocate_pinned(rows)?,
+            output: gpu.allocate_pinned(output)?,
+            device_work: gpu.allocate(work, WHAT)?,
+            device_rows: gpu.allocate(rows, WHAT)?,
+            device_output: gpu.allocate(output, WHAT)?,
+            gated: gpu.allocate(gated, WHAT)?,
+            pieces: Vec::new(),
+            row: Vec::with_capacity(layout.hidden),
+        })
+    }
+
+    /// Queues a wave. Nothing must be under way.
+    fn start(&mut self, kernels: &Kernels, layout: Layout, batch: &Batch, wave: Vec<Piece>) -> Result<(), DeviceError> {
+        let prepared = self.prepare(layout, batch, &wave)?;
+        self.pieces = wave;
+        self.compute(kernels, layout, &prepared)?;
+        // SAFETY: `finish` or `stop` waits before the lane is used again; `finish` reads it after that.
+        unsafe { self.stream.copy_out(&mut self.output, &self.device_output, prepared.slots * layout.hidden * 4) }
+    }
+
+    /// Writes what a wave needs and queues its copy. Nothing must be under way.
+    fn prepare(&mut self, layout: Layout, batch: &Batch, wave: &[Piece]) -> Result<Prepared, DeviceError> {
+        let (few, many) = items(wave);
+        let row_of = self.write_items(layout, batch, few.iter().chain(&many));
+        let (slots, rows) = self.write_rows(layout, batch, wave, row_of);
+        // SAFETY: the buffers are written by this function alone, which is called when nothing is under way.
+        unsafe {
+            self.stream.copy_in(&self.device_work, 0, &self.work, row_of + slots * 4)?;
+            self.stream.copy_in(&self.device_rows, 0, &self.rows, rows * layout.hidden.next_multiple_of(BLOCK) * 2)?;
+        }
+        Ok(Prepared { few: few.len(), many: many.len(), row_of, slots })
+    }
+
+    /// Queues the kernels.
+    fn compute(&self, kernels: &Kernels, layout: Layout, prepared: &Prepared) -> Result<(), DeviceError> {
+        let (gate_up, down) = (layout.gate_up(), layout.down());
+        let items = self.device_work.address();
+        let (x, gated, output) = (self.device_rows.address(), self.gated.address(), self.device_output.address());
+        let row_of = items + prepared.row_of as u64;
+        let halves = [
+            (gate_up, [&kernels.gate_up_few, &kernels.gate_up_many], (x, row_of, gated), true),
+            (down, [&kernels.down_few, &kernels.down_many], (gated, 0, output), false),
+        ];
+        for (matrix, [for_few, for_many], (from, row_of, to), is_gated) in halves {
+            let (few_y, many_y) = grid_y(matrix.tiles, is_gated);
+            let call = Call { items, from, row_of, to, matrix, width: matrix.outputs };
+            call.launch(&self.stream, for_few, (prepared.few, few_y))?;
+            let call = Call { items: items + (prepared.few * ITEM) as u64, ..call };
+            call.launch(&self.stream, for_many, (prepared.many, many_y))?;
+        }
+        Ok(())
+    }
+
+    /// Writes items to `work`; how many bytes they take.
+    fn write_items<'a>(&mut self, layout: Layout, batch: &Batch, items: impl Iterator<Item = &'a Work>) -> usize {
+        let mut written = 0;
+        for Work { part, first, rows } in items {
+            let weights = expert(batch, *part);
+            assert_eq!(weights.layout(), layout, "experts have the shape of their model");
+            let (gate_up, down) = weights.addresses();
+            let item = &mut self.work[written..written + ITEM];
+            item[..8].copy_from_slice(&gate_up.to_le_bytes());
+            item[8..16].copy_from_slice(&down.to_le_bytes());
+            item[16..20].copy_from_slice(&(*first as u32).to_le_bytes());
+            item[20..].copy_from_slice(&(*rows as u32).to_le_bytes());
+            written += ITEM;
+        }
+        written
+    }
+
+    /// Writes the wave's hidden states to `rows`, each once, and to `work`, from byte `start` on, which of them each slot has. How
+    /// many slots and rows there are.
+    fn write_rows(&mut self, layout: Layout, batch: &Batch, wave: &[Piece], start: usize) -> (usize, usize) {
+        let row_bytes = layout.hidden.next_multiple_of(BLOCK) * 2;
+        let mut places: HashMap<usize, u32> = HashMap::new();
+        let mut slots = 0;
+        for piece in wave {
+            for &row in &batch.parts[piece.part].rows[piece.rows.clone()] {
+                let next = places.len() as u32;
+                let place = *places.entry(row).or_insert(next);
+                if place == next {
+                    self.row.clear();
+                    (batch.append)(row, &mut self.row);
+                    let to = &mut self.rows[place as usize * row_bytes..][..layout.hidden * 2];
+                    for (to, &value) in to.as_chunks_mut::<2>().0.iter_mut().zip(&self.row) {
+                        *to = bf16(value).to_le_bytes();
+                    }
+                }
+                self.work[start + slots * 4..][..4].copy_from_slice(&place.to_le_bytes());
+                slots += 1;
+            }
+        }
+        (slots, places.len())
+    }
+
+    /// Waits for the wave under way, if any, and hands out its rows.
+    fn finish(&mut self, layout: Layout, done: &mut dyn FnMut(usize, usize, &[f32])) -> Result<(), DeviceError> {
+        if self.pieces.is_empty() {
+            return Ok(());
+        }
+        self.stream.wait()?;
+        for Piece { part, rows, first } in self.pieces.drain(..) {
+            done(part, rows.start, &self.output.floats()[first * layout.hidden..][..rows.len() * layout.hidden]);
+        }
+        Ok(())
+    }
+
+    /// Waits for the wave under way, if any, and forgets it.
+    fn stop(&mut self) {
+        self.pieces.clear();
+        // It failed already, which was said.
+        let _ = self.stream.wait();
+    }
+}
+
+/// A wave that was written to a lane's buffers.
+struct Prepared {
+    /// Items of few rows.
+    few: usize,
+    /// Items of many rows, which follow.
+    many: usize,
+    /// Where in `work` the slots' rows begin, in bytes.
+    row_of: usize,
+    slots: usize,
+}
+
+/// The weights of a part.
+fn expert<'a>(batch: &'a Batch, part: usize) -> &'a CudaExpert {
+    batch.parts[part].weights.on_gpu().expect("a backend is given what its own packers made")
+}
+
+/// What a kernel is called with.
+struct Call {
+    items: u64,
+    from: u64,
+    row_of: u64,
+    to: u64,
+    matrix: Matrix,
+    /// Of a row of `to`.
+    width: u32,
+}
+
+impl Call {
+    /// Queues it, when there are items.
+    fn launch(&self, stream: &Stream, kernel: &Kernel, grid: (usize, usize)) -> Result<(), DeviceError> {
+        if grid.0 == 0 {
+            return Ok(());
+        }
+        let pointer = |value: &u64| std::ptr::from_ref(value).cast_mut().cast::<c_void>();
+        let mut arguments = [
+            pointer(&self.items),
+            pointer(&self.from),
+            pointer(&self.row_of),
+            pointer(&self.to),
+            std::ptr::from_ref(&self.matrix).cast_mut().cast(),
+            std::ptr::from_ref(&self.width).cast_mut().cast(),
+        ];
+        // SAFETY: these are the arguments of all kernels of `ffn.cu`, by their types; a lane's memory has room for SLOTS slots,
+        // and it, the experts and the kernels stay until the lane has waited.
+        unsafe { stream.launch(kernel, grid, &mut arguments) }
+    }
+}
+
+/// The bits of the bf16 nearest to `value`, ties to even.
+pub(super) fn bf16(value: f32) -> u16 {
+    let bits = value.to_bits();
+    if value.is_nan() { 0x7fc0 } else { (bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16) as u16 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bf16_is_the_nearest_ties_to_even() {
+        for value in [0.0, -0.0, 1.0, -1.0, 3.4e38, f32::MAX, f32::INFINITY, f32::NEG_INFINITY, 1e-40, 0.1, -7.77] {
+            assert_eq!(bf16(value), half::bf16::from_f32(value).to_bits(), "{value}");
+        }
+        for bits in (0..=u32::MAX).step_by(65_521) {
+            let value = f32::from_bits(bits);
+            let (got, want) = (half::bf16::from_bits(bf16(value)), half::bf16::from_f32(value));
+            assert!(got.to_bits() == want.to_bits() || got.is_nan() && want.is_nan(), "{bits:08x}");
+        }
+    }
+
+    #[test]
+    fn the_workspace_is_what_its_parts_take() {
+        let layout = Layout { dtype: ExpertDtype::Bf16, hidden: 4096, inter: 14_336 };
+        assert_eq!(Lane::device_bytes(layout), 4096 * (28 + 4096 * 2 + 4096 * 4 + 14_336 * 2));
+    }
+}
