@@ -19,6 +19,9 @@ const STREAMS: usize = 4;
 /// Panels of a stream at most: where one stream ends and another begins, memory has nothing to do for a while.
 const LENGTH: usize = 8;
 
+/// Rows whose sums for all streams fit beside the weights in the first-level cache. With more rows, reading is the smaller part.
+const FEW: usize = 16;
+
 /// Groups, of all streams together, that stay in the first-level cache while all rows pass over them.
 const GROUPS: usize = 24;
 
@@ -108,16 +111,17 @@ fn multiply(
     done: impl Fn(usize, usize, &mut [Row]) + Sync,
 ) {
     let (panels, rows) = (w.count(), x.shape.rows);
+    let streams = if rows <= FEW { STREAMS.min(panels / pool.threads()) / unit * unit } else { 0 }.max(unit);
     // With one tile nothing is read twice, so streams may be long. The last tasks are the smallest, so that all threads end at
     // about the same time.
-    let longest = if rows <= TILE { STREAMS * LENGTH } else { STREAMS };
-    let most = (panels / (4 * pool.threads()) / STREAMS * STREAMS).clamp(STREAMS, longest);
+    let longest = if rows <= TILE { streams * LENGTH } else { streams };
+    let most = (panels / (4 * pool.threads()) / streams * streams).clamp(streams, longest);
     let large = panels * 3 / 4 / most;
-    let tasks = large + (panels - large * most).div_ceil(STREAMS);
+    let tasks = large + (panels - large * most).div_ceil(streams);
     pool.for_each(tasks, rows * w.inputs * panels * PANEL, |task| {
-        let first = task.min(large) * most + task.saturating_sub(large) * STREAMS;
-        let count = if task < large { most } else { STREAMS.min(panels - first) };
-        let task = Task { kernel, x, w, first, count };
+        let first = task.min(large) * most + task.saturating_sub(large) * streams;
+        let count = if task < large { most } else { streams.min(panels - first) };
+        let task = Task { kernel, x, w, first, count, streams: streams.min(count) };
         for first_row in (0..rows).step_by(ROWS) {
             let mut sums = vec![Row::ZERO; ROWS.min(rows - first_row) * count];
             task.add(first_row, &mut sums);
@@ -130,13 +134,14 @@ fn multiply(
     });
 }
 
-/// The panels of a task: up to [`STREAMS`] streams of as many panels each.
+/// The panels of a task: streams of as many panels each.
 struct Task<'a> {
     kernel: Kernel,
     x: &'a QuantRows,
     w: &'a QuantPanels,
     first: usize,
     count: usize,
+    streams: usize,
 }
 
 impl Task<'_> {
@@ -145,15 +150,14 @@ impl Task<'_> {
         let Shape { rows: all, groups } = self.x.shape;
         assert_eq!(self.w.groups(), groups, "shapes fit");
         let (width, lines) = (self.w.width, self.w.width.lines());
-        let streams = self.count.min(STREAMS);
-        let length = self.count / streams;
-        let at_once = if all <= TILE { groups } else { GROUPS / streams };
+        let length = self.count / self.streams;
+        let at_once = if all <= TILE { groups } else { GROUPS / self.streams };
         for start in (0..groups).step_by(at_once) {
             let end = groups.min(start + at_once);
             // Where a panel of a stream ends, the next one begins, and has been fetched.
             for step in 0..length {
                 let mut panels = [&[][..]; STREAMS];
-                for (stream, panel) in panels[..streams].iter_mut().enumerate() {
+                for (stream, panel) in panels[..self.streams].iter_mut().enumerate() {
                     *panel = &self.w.panel(self.first + stream * length + step)[start * lines..end * lines];
                 }
                 let tiles = (first_row..).step_by(TILE).zip(sums.chunks_mut(TILE * self.count));
@@ -161,7 +165,7 @@ impl Task<'_> {
                     let rows = sums.len() / self.count;
                     let x = &self.x.tile(tile)[start * rows..end * rows];
                     let (stride, first) = (length * rows, tile == first_row);
-                    let block = Block { x, width, panels: &panels[..streams], stride, first };
+                    let block = Block { x, width, panels: &panels[..self.streams], stride, first };
                     (self.kernel)(block, &mut sums[step * rows..]);
                 }
             }
