@@ -21,7 +21,7 @@ pub(crate) struct Program {
 }
 
 /// Every such program.
-pub(crate) const PROGRAMS: [Program; 9] = [
+pub(crate) const PROGRAMS: [Program; 10] = [
     Program { name: "etcd", variable: "SIROCCO_ETCD_BIN", packages: &["etcd-server"], unit: Some("etcd.service") },
     Program { name: "etcdctl", variable: "SIROCCO_ETCDCTL_BIN", packages: &["etcd-client"], unit: None },
     Program {
