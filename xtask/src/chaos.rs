@@ -54,7 +54,8 @@ impl Request {
         let found = programs::ensure(&["etcd", "etcdctl", "faketime"], WhenMissing::Install)?;
         let packages = crate::up::PACKAGES.iter().flat_map(|package| ["--package", package]);
         parts::build(&["--bins"].into_iter().chain(packages).collect::<Vec<_>>())?;
-        let mut test = crate::cargo(&["test", "--locked", "--release", "--package", "sirocco-testkit", "--test", "e2e"])?;
+        let mut test =
+            crate::cargo(&["test", "--locked", "--release", "--package", "sirocco-testkit", "--test", "e2e"])?;
         test.args(["--", "--ignored", "--nocapture", "--exact"]);
         found.export(&mut test);
         match self {

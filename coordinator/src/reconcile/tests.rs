@@ -113,8 +113,7 @@ fn what_a_node_cannot_load_goes_to_another_one() {
     assert_eq!(step(&mut cluster), "place-running target2");
     let b = NodeId::new("b").unwrap();
     let held = cluster.state().holdings(&b).unwrap().clone();
-    let new: Vec<ExpertKey> =
-        cluster.state().needed_on(&b).into_iter().filter(|key| !held.contains(*key)).collect();
+    let new: Vec<ExpertKey> = cluster.state().needed_on(&b).into_iter().filter(|key| !held.contains(*key)).collect();
     assert!(!new.is_empty(), "it has something to load");
     let refused = new.iter().map(|key| RefusedExpert { key: *key, reason: "the disk is broken".into() }).collect();
     cluster.entries.put("holdings/b", &ExpertHoldings { refused, ..held.clone() });

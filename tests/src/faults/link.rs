@@ -49,12 +49,7 @@ pub(super) async fn serve(
 }
 
 /// One connection from its first to its last byte. An error at either end, and the link's state, reset both ends.
-async fn connect(
-    near: TcpStream,
-    behind: watch::Receiver<Option<SocketAddr>>,
-    now: watch::Receiver<Now>,
-    seed: u64,
-) {
+async fn connect(near: TcpStream, behind: watch::Receiver<Option<SocketAddr>>, now: watch::Receiver<Now>, seed: u64) {
     let (resets, mut ends) = (now.borrow().resets, now.clone());
     let end = async {
         // An error is the network's end.
@@ -86,10 +81,7 @@ async fn connect(
 }
 
 /// A connection to what stands behind the link, once something does. Silence holds up new connections as it does bytes.
-async fn reach(
-    mut behind: watch::Receiver<Option<SocketAddr>>,
-    mut now: watch::Receiver<Now>,
-) -> Option<TcpStream> {
+async fn reach(mut behind: watch::Receiver<Option<SocketAddr>>, mut now: watch::Receiver<Now>) -> Option<TcpStream> {
     now.wait_for(|now| !now.state.forth.silent).await.ok()?;
     let target = (*behind.wait_for(Option::is_some).await.ok()?)?;
     TcpStream::connect(target).await.ok()

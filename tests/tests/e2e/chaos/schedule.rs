@@ -115,7 +115,9 @@ impl fmt::Display for Event {
             Trouble::RouterKilled | Trouble::RouterLeft | Trouble::RouterCutOff => {
                 write!(f, ", {trouble:?}: router-{router}")?;
             }
-            Trouble::ClockJumped => write!(f, ", clocks of expert-{other} and coordinator-{coordinator} {seconds:+} s")?,
+            Trouble::ClockJumped => {
+                write!(f, ", clocks of expert-{other} and coordinator-{coordinator} {seconds:+} s")?
+            }
             Trouble::Drained => write!(f, ", expert-{other} drained")?,
             Trouble::QuorumKilled | Trouble::EtcdKilled | Trouble::CoordinatorsCutOff => write!(f, ", {trouble:?}")?,
         }

@@ -50,7 +50,11 @@ pub(crate) async fn until<T>(what: &str, condition: impl AsyncFnMut() -> Option<
 }
 
 /// As [`until`], for as long as `patience`.
-pub(crate) async fn until_within<T>(patience: Duration, what: &str, mut condition: impl AsyncFnMut() -> Option<T>) -> T {
+pub(crate) async fn until_within<T>(
+    patience: Duration,
+    what: &str,
+    mut condition: impl AsyncFnMut() -> Option<T>,
+) -> T {
     let wait = async {
         loop {
             if let Some(found) = condition().await {
