@@ -68,3 +68,24 @@ impl Figure {
         .to_string()
     }
 }
+
+/// Figures, each printed as it comes.
+#[derive(Default)]
+pub(super) struct Table {
+    missed: Vec<String>,
+}
+
+impl Table {
+    pub(super) fn add(&mut self, figures: Vec<Figure>) {
+        for figure in figures {
+            let line = figure.json();
+            println!("{line}");
+            self.missed.extend(figure.missed().then_some(line));
+        }
+    }
+
+    /// Panics when a bar was missed.
+    pub(super) fn all_kept(self) {
+        assert_eq!(self.missed, Vec::<String>::new());
+    }
+}

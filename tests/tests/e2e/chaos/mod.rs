@@ -10,11 +10,12 @@ mod load;
 mod rows;
 mod scene;
 mod schedule;
+mod table;
 mod versions;
 
 use std::time::Duration;
 
-use figure::Figure;
+use figure::Table;
 use rows::Form;
 use scene::{Scene, Start};
 
@@ -31,29 +32,8 @@ const SMALL: Start<'static> = Start {
     clocks: false,
 };
 
-/// The cluster that figures are measured of.
-const LARGE: Start<'static> =
-    Start { size: Size { coordinators: 2, routers: 2, experts: 9 }, streams: 16, name: "table", ..SMALL };
-
 /// Long enough for what a fault does at once, on a machine that does other things besides.
 const SHORT: Form = Form { watch: Duration::from_secs(2), leniency: 20.0 };
-
-const LONG: Form = Form { watch: Duration::from_secs(10), leniency: 1.0 };
-
-/// Figures, printed as they come.
-#[derive(Default)]
-struct Table(Vec<String>);
-
-impl Table {
-    fn add(&mut self, figures: Vec<Figure>) {
-        for figure in figures {
-            println!("{}", figure.json());
-            if figure.missed() {
-                self.0.push(figure.json());
-            }
-        }
-    }
-}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn faults_one_after_the_other_fail_no_request_and_change_no_byte() {
@@ -69,7 +49,7 @@ async fn faults_one_after_the_other_fail_no_request_and_change_no_byte() {
     table.add(control_rows::quorum_lost(&mut scene, SHORT).await);
     table.add(control_rows::rolled(&mut scene, SHORT).await);
     assert_eq!(scene.end().await.wrong, Vec::<String>::new());
-    assert_eq!(table.0, Vec::<String>::new());
+    table.all_kept();
 }
 
 /// What `variable` says, or `otherwise`.
@@ -98,43 +78,4 @@ async fn random_faults_fail_no_request_and_change_no_byte() {
 async fn random_faults_fail_no_request_and_change_no_byte_for_long() {
     let minutes = setting("SIROCCO_CHAOS_MINUTES", 10);
     random_faults(Duration::from_secs(60 * minutes), Duration::from_secs(20), 1).await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-#[ignore = "a measurement: cargo xtask chaos table"]
-async fn each_fault_alone_keeps_its_bar() {
-    let mut table = Table::default();
-    // At most one expert of each layer on a node: one node more than experts, and no replica.
-    let alone = Start {
-        name: "alone",
-        size: Size { coordinators: 1, routers: 1, experts: 9 },
-        etcd_members: 1,
-        replicas: 1,
-        envs: &[("SIROCCO_MAX_EXPERTS_PER_LAYER", "1")],
-        ..LARGE
-    };
-    let mut scene = Scene::start(alone).await;
-    table.add(rows::killed_alone(&mut scene, 1, Form { watch: Duration::from_secs(30), ..LONG }).await);
-    drop(scene);
-
-    let mut scene = Scene::start(LARGE).await;
-    table.add(rows::killed(&mut scene, 1, LONG).await);
-    table.add(rows::frozen(&mut scene, 2, LONG).await);
-    table.add(rows::slow(&mut scene, 3, LONG).await);
-    table.add(rows::lossy(&mut scene, 4, LONG).await);
-    table.add(rows::cut_off(&mut scene, 5, LONG).await);
-    table.add(rows::corrupt(&mut scene, 6, LONG).await);
-    table.add(rows::starved(&mut scene, 7, LONG).await);
-    table.add(versions::mixed(&mut scene, 8, LONG).await);
-    let minute = Form { watch: Duration::from_mins(1), ..LONG };
-    table.add(control_rows::coordinators_cut_off(&mut scene, Form { watch: Duration::from_secs(30), ..LONG }).await);
-    table.add(control_rows::etcd_stopped(&mut scene, minute).await);
-    table.add(control_rows::quorum_lost(&mut scene, Form { watch: Duration::from_secs(20), ..LONG }).await);
-    table.add(control_rows::leaders_killed(&mut scene, LONG, 20).await);
-    table.add(control_rows::rolled(&mut scene, LONG).await);
-    assert_eq!(scene.end().await.wrong, Vec::<String>::new());
-
-    let mut scene = Scene::start(Start { name: "clocks", clocks: true, ..SMALL }).await;
-    table.add(rows::jumped(&mut scene, LONG).await);
-    assert_eq!(scene.end().await.wrong, Vec::<String>::new());
 }
