@@ -17,7 +17,7 @@ use super::*;
 use crate::simulate::random::Random;
 use crate::testing::{self, Entries};
 
-const SEEDS: u64 = 1000;
+const SEEDS: u64 = 100;
 const NODES: [&str; 4] = ["a", "b", "c", "d"];
 const S: Duration = Duration::from_secs(1);
 
