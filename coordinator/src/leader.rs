@@ -6,6 +6,8 @@
 //! decides again.
 
 #[cfg(test)]
+mod simulation;
+#[cfg(test)]
 mod tests;
 mod writes;
 

@@ -41,12 +41,12 @@ impl Checked for wire::DispatchResponse {
     fn checksum(&self) -> u32 {
         let mut fields = Fields(Vec::with_capacity(128 + 3 * size_of::<u32>() * self.experts.len()));
         fields.long(self.id);
-        fields.number(self.status as u32);
+        fields.number(self.status.cast_unsigned());
         fields.bytes(self.message.as_bytes());
         fields.count(self.experts.len());
         for result in &self.experts {
             fields.number(result.expert);
-            fields.number(result.status as u32);
+            fields.number(result.status.cast_unsigned());
             fields.bytes(result.message.as_bytes());
         }
         fields.tensor(self.rows.as_ref());
@@ -88,7 +88,7 @@ impl Fields {
     fn tensor(&mut self, tensor: Option<&wire::Tensor>) {
         let (dtype, shape, crc32c) =
             tensor.map_or((0, &[][..], 0), |tensor| (tensor.dtype, tensor.shape.as_slice(), tensor.crc32c));
-        self.number(dtype as u32);
+        self.number(dtype.cast_unsigned());
         self.numbers(shape);
         self.number(crc32c);
     }

@@ -120,7 +120,7 @@ impl Node for Witness {
 
 /// A body that comes in pieces and may break off.
 struct Pieces {
-    pieces: VecDeque<Bytes>,
+    left: VecDeque<Bytes>,
     breaks: bool,
     waits: bool,
 }
@@ -134,7 +134,7 @@ impl Pieces {
             pieces.push_back(bytes.slice(start..end));
             start = end;
         }
-        Self { pieces, breaks: random.one_in(8), waits: false }
+        Self { left: pieces, breaks: random.one_in(8), waits: false }
     }
 }
 
@@ -149,7 +149,7 @@ impl http_body::Body for Pieces {
             return Poll::Pending;
         }
         let broken = || Some(Err(tonic::Status::unavailable("broken off")));
-        Poll::Ready(match self.pieces.pop_front() {
+        Poll::Ready(match self.left.pop_front() {
             Some(piece) => Some(Ok(Frame::data(piece))),
             None if std::mem::take(&mut self.breaks) => broken(),
             None => None,
@@ -261,7 +261,7 @@ fn unknown_field(random: &mut Random) -> Vec<u8> {
 /// Changes a tensor that its sender then vouches for.
 fn lie_of_tensor(tensor: &mut wire::Tensor, random: &mut Random) {
     match random.below(5) {
-        0 => tensor.dtype = random.number() as i32,
+        0 => tensor.dtype = random.number().cast_signed(),
         1 => tensor.shape = (0..random.below(4)).map(|_| random.number()).collect(),
         2 => tensor.data.truncate(random.below(tensor.data.len() + 1)),
         3 => tensor.crc32c ^= 1 << random.below(32),
@@ -286,10 +286,10 @@ fn lying_request(mut request: wire::DispatchRequest, random: &mut Random) -> wir
 /// An answer whose sender vouches for nonsense.
 fn lying_response(mut response: wire::DispatchResponse, random: &mut Random) -> wire::DispatchResponse {
     match (random.below(6), response.experts.first_mut()) {
-        (0, _) => response.status = random.number() as i32,
+        (0, _) => response.status = random.number().cast_signed(),
         (1, _) => response.id = u64::from(random.number()),
         (2, Some(result)) => result.expert = random.number(),
-        (3, Some(result)) => result.status = random.number() as i32,
+        (3, Some(result)) => result.status = random.number().cast_signed(),
         (4, _) => response.rows = None,
         _ => response.rows.iter_mut().for_each(|tensor| lie_of_tensor(tensor, random)),
     }
@@ -378,7 +378,7 @@ fn no_damaged_answer_is_taken_for_another() {
         };
         let mut inbox = Inbox::default();
         let mut read = 0;
-        'stream: for piece in Pieces::new(&bytes, &mut random).pieces {
+        'stream: for piece in Pieces::new(&bytes, &mut random).left {
             inbox.push(piece);
             loop {
                 let response = match inbox.next::<wire::DispatchResponse>() {

@@ -86,7 +86,9 @@ pub(super) async fn jumped(scene: &mut Scene, form: Form) -> Vec<Figure> {
     let nodes = ["expert-0", "router-0", "coordinator-0"];
     let jump = async |scene: &mut Scene| {
         for seconds in [86_400, -86_400] {
-            nodes.iter().for_each(|node| scene.rig.jump(node, seconds).unwrap());
+            for node in nodes {
+                scene.rig.jump(node, seconds).unwrap();
+            }
             scene.load.during(form.watch / 2).await;
             let operator = Operator::of(&scene.cluster);
             operator.complete(cordon("expert-1")).await;
@@ -94,7 +96,9 @@ pub(super) async fn jumped(scene: &mut Scene, form: Form) -> Vec<Figure> {
         }
     };
     let seen = scene.suffer(form.watch, jump).await;
-    nodes.iter().for_each(|node| scene.rig.jump(node, 0).unwrap());
+    for node in nodes {
+        scene.rig.jump(node, 0).unwrap();
+    }
     scene.rest().await;
     unharmed(fault, &seen)
 }

@@ -116,7 +116,7 @@ impl fmt::Display for Event {
                 write!(f, ", {trouble:?}: router-{router}")?;
             }
             Trouble::ClockJumped => {
-                write!(f, ", clocks of expert-{other} and coordinator-{coordinator} {seconds:+} s")?
+                write!(f, ", clocks of expert-{other} and coordinator-{coordinator} {seconds:+} s")?;
             }
             Trouble::Drained => write!(f, ", expert-{other} drained")?,
             Trouble::QuorumKilled | Trouble::EtcdKilled | Trouble::CoordinatorsCutOff => write!(f, ", {trouble:?}")?,
@@ -140,7 +140,8 @@ impl Event {
             router: below(size.routers),
             member: below(etcd_members),
             seconds: [-86_400, -60, -2, 2, 60, 86_400][below(6)],
-            lasts: SHORTEST + Duration::from_millis(below((longest - SHORTEST).as_millis() as usize + 1) as u64),
+            lasts: SHORTEST
+                + Duration::from_millis(below(longest.saturating_sub(SHORTEST).as_millis() as usize + 1) as u64),
         }
     }
 
