@@ -112,7 +112,9 @@ fn topology(nodes: Vec<(NodeId, Arc<Connection>)>) -> Topology {
 /// Dispatch that knows already what is usual.
 fn seasoned(topology: Topology) -> RemoteExperts {
     let experts = experts(Arc::new(topology));
-    [1, 4, 16, 64].iter().for_each(|rows| experts.usual.took(*rows, 100, Duration::from_millis(2)));
+    for rows in [1, 4, 16, 64] {
+        experts.usual.took(rows, 100, Duration::from_millis(2));
+    }
     experts
 }
 
