@@ -70,7 +70,7 @@ async fn random_faults(time: Duration, longest: Duration, otherwise: u64) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn random_faults_fail_no_request_and_change_no_byte() {
-    random_faults(Duration::from_secs(15), Duration::from_secs(2), 4).await;
+    random_faults(Duration::from_secs(12), Duration::from_secs(2), 594).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -56,7 +56,9 @@ pub(super) async fn killed_alone(scene: &mut Scene, index: usize, form: Form) ->
     let seen = scene.suffer(form.watch, async |scene| scene.cluster.experts[index].process.kill().unwrap()).await;
     let mut figures = unharmed(fault, &seen);
     let (name, gap) = pause(fault, scene, &seen);
-    figures.push(Figure::new(&name, gap, "s").at_most((LEASE + LOAD).as_secs_f64() * form.leniency.min(2.0)));
+    figures.push(Figure::new(&name, gap, "s").at_most((LEASE + LOAD).as_secs_f64() * form.leniency));
+    scene.revive_expert(index);
+    scene.rest().await;
     figures
 }
 
