@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use tempfile::TempDir;
@@ -15,6 +16,9 @@ pub struct Clock {
 }
 
 impl Clock {
+    /// How long it may be until processes see a jump: libfaketime looks every ten seconds.
+    pub const SEEN: Duration = Duration::from_secs(12);
+
     /// A clock that is right. A missing libfaketime is a failure that says how to install it.
     pub fn new() -> Result<Self> {
         let library = library()?.to_str().context("the library's path is UTF-8")?.to_owned();
@@ -29,13 +33,12 @@ impl Clock {
         Ok(vec![
             ("LD_PRELOAD", self.library.clone()),
             ("FAKETIME_TIMESTAMP_FILE", file),
-            ("FAKETIME_CACHE_DURATION", "1".to_owned()),
             ("FAKETIME_DONT_FAKE_MONOTONIC", "1".to_owned()),
             ("FAKETIME_DONT_RESET", "1".to_owned()),
         ])
     }
 
-    /// Puts it `seconds` before or after the right time; processes see it within a second.
+    /// Puts it `seconds` before or after the right time; processes see it within [`Clock::SEEN`].
     pub fn jump(&self, seconds: i64) -> Result<()> {
         // In one piece: a process may read it at any time.
         let new = self.folder.path().join("new");

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use rustix::process::Signal;
+use sirocco_testkit::faults::clock::Clock;
 use sirocco_testkit::faults::network::{Conditions, State};
 
 use super::figure::Figure;
@@ -56,22 +57,23 @@ pub(super) async fn killed_alone(scene: &mut Scene, index: usize, form: Form) ->
     let seen = scene.suffer(form.watch, async |scene| scene.cluster.experts[index].process.kill().unwrap()).await;
     let mut figures = unharmed(fault, &seen);
     let (name, gap) = pause(fault, scene, &seen);
-    figures.push(Figure::new(&name, gap, "s").at_most((LEASE + LOAD).as_secs_f64() * form.leniency.min(2.0)));
+    figures.push(Figure::new(&name, gap, "s").at_most((LEASE + LOAD).as_secs_f64() * form.leniency));
+    scene.revive_expert(index);
+    scene.rest().await;
     figures
 }
 
 /// An expert node gets no more memory than it has, and is to load experts.
 pub(super) async fn starved(scene: &mut Scene, index: usize, form: Form) -> Vec<Figure> {
     let fault = "expert node out of memory (RLIMIT_AS), replicas";
+    let other = format!("expert-{}", (index + 1) % scene.cluster.experts.len());
     let starve = async |scene: &mut Scene| {
         scene.cluster.experts[index].process.limit_memory(0).unwrap();
-        let other = format!("expert-{}", (index + 1) % scene.cluster.experts.len());
         Operator::of(&scene.cluster).operate(drain(&other)).await;
     };
     let seen = scene.suffer(form.watch, starve).await;
     scene.cluster.experts[index].process.kill().unwrap();
     scene.revive_expert(index);
-    let other = format!("expert-{}", (index + 1) % scene.cluster.experts.len());
     Operator::of(&scene.cluster).complete(uncordon(&other)).await;
     scene.rest().await;
     let mut figures = unharmed(fault, &seen);
@@ -89,7 +91,7 @@ pub(super) async fn jumped(scene: &mut Scene, form: Form) -> Vec<Figure> {
             for node in nodes {
                 scene.rig.jump(node, seconds).unwrap();
             }
-            scene.load.during(form.watch / 2).await;
+            scene.load.during(Clock::SEEN).await;
             let operator = Operator::of(&scene.cluster);
             operator.complete(cordon("expert-1")).await;
             operator.complete(uncordon("expert-1")).await;

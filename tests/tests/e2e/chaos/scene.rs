@@ -210,7 +210,8 @@ impl Scene {
         let left = ctl::entries(&endpoints, &self.name).unwrap();
         let leased = |key: &str| ["members", "holdings", "election"].iter().any(|part| key.contains(part));
         let left: Vec<&String> = left.iter().map(|(key, _)| key).filter(|key| leased(key)).collect();
-        assert_eq!(left, Vec::<&String>::new(), "keys of nodes that have left");
+        let logs: Vec<String> = self.cluster.coordinators.iter().map(|node| node.process.stderr()).collect();
+        assert!(left.is_empty(), "keys of nodes that have left: {left:?}; coordinators:\n{}", logs.join("\n"));
         tally
     }
 }

@@ -5,6 +5,7 @@ use std::fmt;
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
+use sirocco_testkit::faults::clock::Clock;
 use sirocco_testkit::faults::network::{Conditions, State};
 use sirocco_testkit::random::Random;
 
@@ -150,7 +151,9 @@ impl Event {
         let began = Instant::now();
         self.trouble(scene).await;
         self.harm(scene);
-        scene.load.during(self.lasts.saturating_sub(began.elapsed())).await;
+        // A jump that nobody has seen yet is none.
+        let least = if matches!(self.trouble, Trouble::ClockJumped) { Clock::SEEN } else { SHORTEST };
+        scene.load.during(self.lasts.max(least).saturating_sub(began.elapsed())).await;
         scene.rig.network.heal();
         self.end_trouble(scene).await;
         self.end_harm(scene);

@@ -1,12 +1,16 @@
-//! The kit's links do to connections what they say, and nothing else.
+//! The kit's faults do what they say, and nothing else.
 #![forbid(unsafe_code)]
 
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
+use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use sirocco_testkit::faults::clock::Clock;
+use sirocco_testkit::faults::disk::{Damage, damaged};
 use sirocco_testkit::faults::network::{Conditions, Link, Network, State};
+use sirocco_testkit::process::Process;
 use sirocco_testkit::{PATIENCE, wait_for};
 
 /// A server that sends back what it is sent.
@@ -138,4 +142,51 @@ fn a_way_leads_elsewhere_for_new_connections_and_nowhere_once_the_network_is_gon
     assert_eq!(round_trip(&mut stream, b"still").0, b"still");
     drop((network, link));
     wait_for("the links to be closed", || Ok(TcpStream::connect(way).is_err().then_some(()))).unwrap();
+}
+
+#[test]
+fn a_clock_jumps_in_a_process_that_runs_and_in_no_other() {
+    let clock = Clock::new().unwrap();
+    let envs = clock.envs().unwrap();
+    let envs: Vec<(&str, &str)> = envs.iter().map(|(name, value)| (*name, value.as_str())).collect();
+    let ticks = ["-c", r#"while :; do printf '%(%s)T\n' -1; sleep 0.1; done"#];
+    let process = Process::start_at(Path::new("bash"), &ticks, &envs).unwrap();
+    for jump in [0, -86_400] {
+        clock.jump(jump).unwrap();
+        wait_for(&format!("a clock of {jump:+} s"), || {
+            let now = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs() as i64;
+            let said = process.stdout().lines().last().map_or(Ok(0), str::parse::<i64>)?;
+            Ok((said - now - jump).abs().lt(&60).then_some(()))
+        })
+        .unwrap();
+    }
+}
+
+#[test]
+fn a_process_that_gets_no_more_memory_ends() {
+    let grow = ["-c", "printf -v mib '%1048576s' ''; echo started; while :; do all=$all$mib; done"];
+    let mut process = Process::start_at(Path::new("bash"), &grow, &[]).unwrap();
+    process.wait_for_line("started").unwrap();
+    process.limit_memory(1 << 20).unwrap();
+    assert!(!process.wait().unwrap().success());
+}
+
+#[test]
+fn a_damaged_file_is_damaged_where_it_is_said_and_the_others_are_whole() {
+    let folder = tempfile::tempdir().unwrap();
+    let original = folder.path().join("original");
+    std::fs::create_dir(&original).unwrap();
+    for name in ["a", "b"] {
+        std::fs::write(original.join(name), [0_u8; 10]).unwrap();
+    }
+    for (name, damage, expected) in [
+        ("cut", Damage::Truncated(60), vec![0; 6]),
+        ("flipped", Damage::Flipped(17), vec![0, 0, 2, 0, 0, 0, 0, 0, 0, 0]),
+    ] {
+        let copy = folder.path().join(name);
+        damaged(&original, &copy, "a", damage).unwrap();
+        assert_eq!(std::fs::read(copy.join("a")).unwrap(), expected);
+        assert_eq!(std::fs::read(copy.join("b")).unwrap(), [0; 10]);
+    }
+    assert!(damaged(&original, &folder.path().join("none"), "a", Damage::Flipped(80)).is_err());
 }
