@@ -60,7 +60,8 @@ pub(crate) struct Planned {
 impl Inputs {
     /// The inputs of the next placement; none while there is no model.
     ///
-    /// Nodes that read another checkpoint, are leaving or drained do not count. The placement before is the target.
+    /// Nodes that read another checkpoint, are leaving or drained do not count. Nodes that could not load an expert get no new
+    /// ones until they have tried again. The placement before is the target, without what could not be loaded.
     pub(crate) fn of(state: &ClusterState, loads: &LoadSnapshot) -> Option<Self> {
         Self::what_if(state, loads, &WhatIf::default())
     }
@@ -71,8 +72,9 @@ impl Inputs {
         let mut members: Vec<Member> =
             usable(state, model).filter(|member| !change.remove.contains(&member.id)).cloned().collect();
         members.extend(imagined(&members, change.add));
-        let cordoned = |id: &NodeId| state.cordon(id).is_some();
-        Some(Self::new(model, &members, cordoned, state.min_replicas(), loads, state.target()))
+        let cordoned = |id: &NodeId| state.cordon(id).is_some() || refuses(state, id, |_| true);
+        let previous = state.target().map(|target| loadable(state, target.clone()));
+        Some(Self::new(model, &members, cordoned, state.min_replicas(), loads, previous))
     }
 
     fn new(
@@ -81,7 +83,7 @@ impl Inputs {
         cordoned: impl Fn(&NodeId) -> bool,
         min_replicas: &MinReplicas,
         loads: &LoadSnapshot,
-        previous: Option<&Placement>,
+        previous: Option<Placement>,
     ) -> Self {
         let spec = &model.spec;
         let zones: BTreeSet<&str> = members.iter().filter_map(|member| member.zone.as_deref()).collect();
@@ -109,7 +111,7 @@ impl Inputs {
             nodes,
             min_replicas,
             loads: integer_loads(loads, spec.num_hidden_layers, spec.num_local_experts),
-            previous: previous.cloned(),
+            previous,
             digest,
         }
     }
@@ -242,6 +244,22 @@ pub(crate) fn usable<'a>(state: &'a ClusterState, model: &'a ModelIdentity) -> i
         let drained = state.cordon(&member.id).is_some_and(|cordon| cordon.drain);
         ours && !drained && member.state != MemberState::Draining
     })
+}
+
+/// Whether `node` says that it could not load an expert of which `which` is true.
+pub(crate) fn refuses(state: &ClusterState, node: &NodeId, which: impl Fn(ExpertKey) -> bool) -> bool {
+    state.holdings(node).is_some_and(|holdings| holdings.refused.iter().any(|refused| which(refused.key)))
+}
+
+/// `placement` without replicas that their nodes could not load.
+fn loadable(state: &ClusterState, mut placement: Placement) -> Placement {
+    for (layer, experts) in (0..).zip(&mut placement.layers) {
+        for (expert, nodes) in (0..).zip(&mut experts.experts) {
+            let key = ExpertKey { layer: LayerId(layer), expert: ExpertId(expert) };
+            nodes.retain(|node| !refuses(state, node, |refused| refused == key));
+        }
+    }
+    placement
 }
 
 /// `count` nodes more, each like the median of `members` by capacity, in the zones with the fewest nodes.

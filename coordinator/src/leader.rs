@@ -6,6 +6,8 @@
 //! decides again.
 
 #[cfg(test)]
+mod simulation;
+#[cfg(test)]
 mod tests;
 mod writes;
 
@@ -109,11 +111,18 @@ impl Candidate {
     /// Stands for election again and again until `shutdown`.
     pub(crate) async fn run(mut self, shutdown: CancellationToken) {
         while !shutdown.is_cancelled() {
-            let (store, keys, id) = (Arc::clone(&self.store), self.keys.clone(), self.id.clone());
+            let (store, election, id) = (Arc::clone(&self.store), self.keys.election(), self.id.clone());
             let term = async {
-                let lease = Lease::grant(&store, LEADER_TTL).await?;
-                let leadership = campaign(&store, &keys.election(), id.as_str(), &lease).await?;
-                Ok::<_, StoreError>((lease, leadership))
+                let lease = tokio::select! {
+                    lease = Lease::grant(&store, LEADER_TTL) => lease?,
+                    () = shutdown.cancelled() => return Ok(None),
+                };
+                tokio::select! {
+                    leadership = campaign(&store, &election, id.as_str(), &lease) => {
+                        Ok::<_, StoreError>(Some((lease, Some(leadership?))))
+                    }
+                    () = shutdown.cancelled() => Ok(Some((lease, None))),
+                }
             };
             tokio::pin!(term);
             let elected = loop {
@@ -121,11 +130,10 @@ impl Candidate {
                     elected = &mut term => break elected,
                     // Dropped, which tells the sender that this coordinator does not lead.
                     Some(_) = self.commands.recv() => {}
-                    () = shutdown.cancelled() => return,
                 }
             };
             match elected {
-                Ok((lease, leadership)) => {
+                Ok(Some((lease, Some(leadership)))) => {
                     tracing::info!(id = %self.id, "leads the cluster");
                     let end = self.lead(&lease, leadership, &shutdown).await;
                     let resigned = lease.revoke(&self.store).await;
@@ -134,6 +142,13 @@ impl Candidate {
                     }
                     tracing::info!(id = %self.id, "no longer leads");
                 }
+                // Who stands behind a candidate that is gone would wait for its lease to end.
+                Ok(Some((lease, None))) => {
+                    if let Err(error) = lease.revoke(&self.store).await {
+                        tracing::warn!(%error, "could not withdraw the candidacy; its lease will expire");
+                    }
+                }
+                Ok(None) => {}
                 Err(error) => {
                     self.metrics.store_failed();
                     tracing::warn!(%error, "cannot stand for election, trying again");

@@ -12,7 +12,7 @@ use sirocco_types::{
     Operation, OperationKind, OperationState, Placement, Role,
 };
 
-use crate::inputs::{Inputs, Planned, usable};
+use crate::inputs::{Inputs, Planned, refuses, usable};
 
 /// Epochs kept behind the serving one, to look back on and to bring back.
 const EPOCHS_KEPT: usize = 16;
@@ -100,7 +100,9 @@ fn why_plan(state: &ClusterState, inputs: &Inputs) -> String {
     };
     let gone = known.iter().filter(|node| inputs.ids().binary_search(node).is_err()).map(|node| fate(node));
     let new = inputs.ids().iter().filter(|id| known.binary_search(id).is_err()).map(|id| format!("{id} joined"));
-    let changes: Vec<String> = gone.chain(new).collect();
+    let unable = inputs.ids().iter().filter(|id| refuses(state, id, |_| true));
+    let unable = unable.map(|id| format!("{id} cannot load an expert"));
+    let changes: Vec<String> = gone.chain(new).chain(unable).collect();
     match changes.len() {
         0 => "settings of nodes or replicas changed".to_owned(),
         1..=4 => changes.join(", "),
@@ -219,11 +221,9 @@ pub(crate) fn missing<'a>(
     placement: &'a Placement,
 ) -> impl Iterator<Item = (ExpertKey, &'a [NodeId])> {
     placement.iter().filter(|(key, nodes)| {
-        let refuses = |node: &NodeId| {
-            state.holdings(node).is_some_and(|holdings| holdings.refused.iter().any(|refused| refused.key == *key))
-        };
         let held = nodes.iter().any(|node| holds(state, node, *key));
-        let ready = |node: &NodeId| holds(state, node, *key) || (held && refuses(node));
+        let ready =
+            |node: &NodeId| holds(state, node, *key) || (held && refuses(state, node, |refused| refused == *key));
         !nodes.iter().all(ready)
     })
 }

@@ -14,13 +14,16 @@ use sirocco_compute::{Batch, DeviceError, ExpertBackend, ExpertWeights, Part};
 use sirocco_proto::Rows;
 use sirocco_proto::expert::{DispatchRequest, ExpertOutputs, Refusal, RefusalReason};
 use sirocco_types::{ExpertId, ExpertKey};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use crate::metrics::Metrics;
 
 /// Requests that may wait for the compute thread; one more is refused.
 const QUEUE: usize = 256;
+
+/// KiB that requests and their answers may take from their arrival until they are answered; what takes more is refused.
+const ROOM_KIB: u32 = 2 << 20;
 
 /// The experts a node holds.
 pub(crate) type Held = HashMap<ExpertKey, Arc<ExpertWeights>>;
@@ -31,12 +34,14 @@ struct Job {
     request: DispatchRequest,
     expires: Option<Instant>,
     answer: oneshot::Sender<Result<ExpertOutputs, Refusal>>,
+    _room: OwnedSemaphorePermit,
 }
 
 /// A cheap handle to the compute thread. The thread ends when the last handle is dropped.
 #[derive(Clone, Debug)]
 pub(crate) struct Batcher {
     jobs: mpsc::Sender<Job>,
+    room: Arc<Semaphore>,
 }
 
 impl Batcher {
@@ -51,18 +56,22 @@ impl Batcher {
         let (jobs, queue) = mpsc::channel(QUEUE);
         let thread = std::thread::Builder::new().name("experts".into());
         let thread = thread.spawn(move || run(queue, &held, &metrics, &*backend, &lost))?;
-        Ok((Self { jobs }, thread))
+        Ok((Self::over(jobs), thread))
+    }
+
+    fn over(jobs: mpsc::Sender<Job>) -> Self {
+        Self { jobs, room: Arc::new(Semaphore::new(ROOM_KIB as usize)) }
     }
 
     /// Requests that wait for the thread now.
     pub(crate) fn queued(&self) -> usize {
-        self.jobs.max_capacity() - self.jobs.capacity()
+        queued(&self.jobs)
     }
 
     /// Tells [`Batcher::queued`] without keeping the thread alive.
     pub(crate) fn watch_queue(&self) -> impl Fn() -> usize + Send + Sync + 'static {
         let jobs = self.jobs.downgrade();
-        move || jobs.upgrade().map_or(0, |jobs| Self { jobs }.queued())
+        move || jobs.upgrade().map_or(0, |jobs| queued(&jobs))
     }
 
     /// Hands `request`, whose shapes have been checked, to the thread at once, and waits for its answer when polled.
@@ -70,9 +79,15 @@ impl Batcher {
         &self,
         request: DispatchRequest,
     ) -> Result<impl Future<Output = Result<ExpertOutputs, Refusal>> + Send + use<>, Refusal> {
+        let kib = room_kib(&request);
+        let room = Arc::clone(&self.room).try_acquire_many_owned(kib).map_err(|_| {
+            let message =
+                format!("{kib} KiB, of {ROOM_KIB} KiB for requests {} are free", self.room.available_permits());
+            Refusal::new(RefusalReason::Unavailable, message)
+        })?;
         let (answer, answered) = oneshot::channel();
         let expires = request.deadline.map(|left| Instant::now() + left);
-        self.jobs.try_send(Job { request, expires, answer }).map_err(|error| match error {
+        self.jobs.try_send(Job { request, expires, answer, _room: room }).map_err(|error| match error {
             mpsc::error::TrySendError::Full(_) => {
                 Refusal::new(RefusalReason::Unavailable, format!("{QUEUE} requests are queued already"))
             }
@@ -80,6 +95,17 @@ impl Batcher {
         })?;
         Ok(async { answered.await.map_err(|_| stopped())? })
     }
+}
+
+fn queued(jobs: &mpsc::Sender<Job>) -> usize {
+    jobs.max_capacity() - jobs.capacity()
+}
+
+/// KiB that `request` and its answer take; less than 2^21, for both are limited by what a message may have.
+fn room_kib(request: &DispatchRequest) -> u32 {
+    let asked: usize = request.experts.iter().map(|part| part.rows.len()).sum();
+    let values = (request.hidden_states.len() + asked) * request.hidden_states.width();
+    (values * size_of::<f32>() / 1024 + 1) as u32
 }
 
 fn stopped() -> Refusal {
@@ -431,7 +457,9 @@ mod tests {
             .enumerate()
             .map(|(index, experts)| {
                 let (answer, answered) = oneshot::channel();
-                let job = Job { request: numbered(request(experts), 3 * index), expires: None, answer };
+                let room = Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
+                let request = numbered(request(experts), 3 * index);
+                let job = Job { request, expires: None, answer, _room: room };
                 (answered, Running::start(job, &held.load()).unwrap())
             })
             .unzip();
@@ -450,11 +478,45 @@ mod tests {
     #[tokio::test]
     async fn requests_wait_until_the_thread_takes_them() {
         let (jobs, mut queue) = mpsc::channel(QUEUE);
-        let batcher = Batcher { jobs };
+        let batcher = Batcher::over(jobs);
         let mut waiting = std::pin::pin!(batcher.run(request(&[])).unwrap());
         assert!(futures::poll!(&mut waiting).is_pending());
         assert_eq!(batcher.queued(), 1);
         queue.recv().await.unwrap();
         assert_eq!(batcher.queued(), 0);
+    }
+
+    #[tokio::test]
+    async fn what_waits_takes_bounded_memory_and_gives_it_back() {
+        let (jobs, mut queue) = mpsc::channel(QUEUE);
+        let batcher = Batcher::over(jobs);
+        // 3 rows, and 2^24 more to answer, of 16 f32: a little over 1 GiB.
+        let large = || request(&[(0, &vec![0; 1 << 24])]);
+        let mut first = std::pin::pin!(batcher.run(large()).unwrap());
+        assert!(futures::poll!(&mut first).is_pending());
+        let refusal = batcher.run(large()).err().unwrap();
+        assert_eq!(refusal.reason, RefusalReason::Unavailable);
+        assert!(refusal.message.contains("1048577 KiB, of 2097152 KiB for requests 1048575 are free"), "{refusal}");
+        assert!(batcher.run(request(&[(0, &[0])])).is_ok(), "what is small still fits");
+        drop(queue.recv().await.unwrap());
+        assert!(batcher.run(large()).is_ok(), "answered or dropped, it takes nothing any more");
+    }
+
+    #[tokio::test]
+    async fn what_is_too_late_is_not_run_and_says_so() {
+        let (jobs, mut queue) = mpsc::channel(QUEUE);
+        let batcher = Batcher::over(jobs);
+        let of = |deadline| DispatchRequest { deadline, ..request(&[(0, &[0])]) };
+        let late = batcher.run(of(Some(std::time::Duration::ZERO))).unwrap();
+        let _patient = batcher.run(of(Some(std::time::Duration::from_hours(1)))).unwrap();
+        let left = batcher.run(of(None)).unwrap();
+        drop(left);
+        let held = Held::default();
+        let mut started = Vec::new();
+        for _ in 0..3 {
+            started.push(Running::start(queue.recv().await.unwrap(), &held).is_some());
+        }
+        assert_eq!(started, [false, true, false], "nor is what nobody waits for any more");
+        assert_eq!(late.await.unwrap_err().reason, RefusalReason::DeadlineExceeded);
     }
 }

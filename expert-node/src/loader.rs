@@ -40,7 +40,7 @@ pub(crate) struct Loader {
 impl Loader {
     /// Follows `states` until `shutdown`.
     pub(crate) async fn run(self, mut states: watch::Receiver<Arc<ClusterState>>, shutdown: CancellationToken) {
-        let mut refused = BTreeMap::new();
+        let (mut refused, mut retry) = (BTreeMap::new(), None);
         loop {
             let state = Arc::clone(&states.borrow_and_update());
             let wanted = state.needed_on(&self.id);
@@ -56,9 +56,16 @@ impl Loader {
             if state.target().is_some() {
                 self.drop_all_but(&wanted);
             }
+            if !refused.is_empty() {
+                retry.get_or_insert_with(|| tokio::time::Instant::now() + RETRY);
+            }
+            let due = retry.unwrap_or_else(tokio::time::Instant::now);
             tokio::select! {
                 changed = states.changed() => if changed.is_err() { return },
-                () = tokio::time::sleep(RETRY), if !refused.is_empty() => refused.clear(),
+                () = tokio::time::sleep_until(due), if retry.is_some() => {
+                    refused.clear();
+                    retry = None;
+                }
                 () = shutdown.cancelled() => return,
             }
         }
@@ -66,7 +73,8 @@ impl Loader {
 
     /// Loads what is `wanted` in `state` and not held. Returns false when something else is wanted before all was done.
     ///
-    /// A node that serves its part of the serving placement stays ready meanwhile.
+    /// A node that serves its part of the serving placement stays ready meanwhile. What was refused stays so when nobody wants it
+    /// any more, so that the node is not given something else at once that it cannot read either.
     async fn load(
         &self,
         state: &ClusterState,
@@ -74,7 +82,6 @@ impl Loader {
         refused: &mut BTreeMap<ExpertKey, String>,
         states: &mut watch::Receiver<Arc<ClusterState>>,
     ) -> bool {
-        refused.retain(|key, _| wanted.contains(key));
         let held = self.held.load();
         let missing: Vec<ExpertKey> =
             wanted.iter().copied().filter(|key| !held.contains_key(key) && !refused.contains_key(key)).collect();

@@ -3,6 +3,9 @@
 //! [`Stream`] is the router's side of the connection, [`ExpertServer`] the node's. Both write and read the bytes that the code
 //! generated from the `.proto` would, without its copies.
 
+mod checksum;
+#[cfg(test)]
+mod hostile;
 mod message;
 mod server;
 mod stream;
@@ -18,6 +21,7 @@ use crate::channel::MAX_MESSAGE_BYTES;
 pub use crate::wire::expert::expert_service_client::ExpertServiceClient;
 use crate::wire::expert::{self as wire, Status};
 use crate::{Rows, RowsError};
+pub use checksum::Checked;
 pub use server::{Description, ExpertServer, Node};
 pub use stream::{Broken, Stream};
 
@@ -139,14 +143,17 @@ impl Refusal {
 impl DispatchRequest {
     /// As it crosses the wire.
     fn into_wire(self) -> wire::DispatchRequest {
-        wire::DispatchRequest {
+        let mut request = wire::DispatchRequest {
             id: self.id,
             model_fingerprint: Bytes::copy_from_slice(&self.fingerprint.0),
             layer: self.layer.0,
             deadline_ms: self.deadline.map_or(0, |left| left.as_millis().clamp(1, u32::MAX as u128) as u32),
             hidden_states: Some(self.hidden_states.into_wire()),
             experts: self.experts.into_iter().map(|e| wire::ExpertRows { expert: e.expert.0, rows: e.rows }).collect(),
-        }
+            crc32c: 0,
+        };
+        request.crc32c = request.checksum();
+        request
     }
 
     /// As the chunks of a stream's body. Errors when it is too large for a message.
@@ -173,6 +180,13 @@ impl DispatchRequest {
                 )));
             }
         }
+        let asked: usize = request.experts.iter().map(|part| part.rows.len()).sum();
+        let answer = asked * hidden_states.width() * size_of::<f32>();
+        if answer > MAX_MESSAGE_BYTES {
+            return Err(invalid(format!(
+                "experts: {asked} rows, an answer of {answer} bytes, the limit is {MAX_MESSAGE_BYTES}"
+            )));
+        }
         Ok(Self {
             id: request.id,
             fingerprint: Fingerprint(fingerprint),
@@ -191,13 +205,14 @@ impl DispatchRequest {
 impl DispatchResponse {
     /// As it crosses the wire.
     fn into_wire(self) -> wire::DispatchResponse {
-        match self.result {
+        let mut response = match self.result {
             Ok(outputs) => wire::DispatchResponse {
                 id: self.id,
                 status: Status::Ok.into(),
                 message: String::new(),
                 experts: outputs.experts.into_iter().map(|(expert, result)| expert_result(expert, result)).collect(),
                 rows: (!outputs.rows.is_empty()).then(|| outputs.rows.into_wire()),
+                crc32c: 0,
             },
             Err(refusal) => wire::DispatchResponse {
                 id: self.id,
@@ -205,7 +220,9 @@ impl DispatchResponse {
                 message: refusal.message,
                 ..Default::default()
             },
-        }
+        };
+        response.crc32c = response.checksum();
+        response
     }
 
     /// As the chunks of a stream's body. One that is too large for a message becomes a refusal.

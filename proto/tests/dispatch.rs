@@ -7,7 +7,7 @@ use futures::{StreamExt as _, stream};
 use sirocco_proto::channel::{self, MAX_MESSAGE_BYTES};
 use sirocco_proto::codec::Codec;
 use sirocco_proto::expert::{
-    Description, DispatchRequest, ExpertOutputs, ExpertRows, ExpertServer, ExpertServiceClient, Node, Refusal,
+    Checked, Description, DispatchRequest, ExpertOutputs, ExpertRows, ExpertServer, ExpertServiceClient, Node, Refusal,
     RefusalReason, Stream,
 };
 use sirocco_proto::server::Services;
@@ -98,13 +98,15 @@ impl ExpertService for GeneratedEcho {
                 status: WireStatus::Ok.into(),
                 ..Default::default()
             };
-            Ok(DispatchResponse {
+            let mut response = DispatchResponse {
                 id: request.id,
                 status: WireStatus::Ok.into(),
                 experts: request.experts.into_iter().map(result).collect(),
                 rows: request.hidden_states,
                 ..Default::default()
-            })
+            };
+            response.crc32c = response.checksum();
+            Ok(response)
         });
         Ok(Response::new(answers.boxed()))
     }
@@ -205,12 +207,14 @@ async fn our_stream_talks_to_a_generated_server() {
 }
 
 fn wire_request(id: u64, tensor: Option<Tensor>) -> wire::expert::DispatchRequest {
-    wire::expert::DispatchRequest {
+    let mut request = wire::expert::DispatchRequest {
         id,
         model_fingerprint: FINGERPRINT.0.to_vec().into(),
         hidden_states: tensor,
         ..Default::default()
-    }
+    };
+    request.crc32c = request.checksum();
+    request
 }
 
 #[tokio::test]

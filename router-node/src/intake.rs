@@ -272,6 +272,7 @@ impl Intake {
                 constraint,
                 trace,
                 arrived,
+                until: deadline.at,
                 events,
             });
             streams.push(Events::new(stream, deadline, Arc::clone(admission)));

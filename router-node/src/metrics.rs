@@ -365,6 +365,12 @@ impl Hop {
         self.seconds.observe(after.as_secs_f64());
     }
 
+    /// How often [`Hop::refused`] was told.
+    #[cfg(test)]
+    pub(crate) fn refusals(&self) -> u64 {
+        self.refusals.iter().map(Counter::get).sum()
+    }
+
     /// The node did not answer, or did not run one of the experts.
     pub(crate) fn refused(&self, reason: RefusalReason) {
         self.refusals[reason as usize].inc();

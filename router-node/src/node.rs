@@ -29,6 +29,7 @@ use crate::metrics::Metrics;
 use crate::openai::{self, Chat};
 use crate::page;
 use crate::policy::Policy;
+use crate::standing::Budget;
 use crate::topology::{self, Topology};
 
 const MAX_SEQUENCES: u32 = 32;
@@ -207,7 +208,8 @@ pub async fn start(
         tokens,
         turns: Arc::new(ExpertCounts::new(&identity.spec)),
         usual: Arc::default(),
-        hedges: Arc::default(),
+        hedges: Arc::new(Budget::of_hedges()),
+        retries: Arc::new(Budget::of_retries()),
         metrics: Arc::clone(&metrics),
     };
     let parts = Parts { model, tokenizer: Arc::clone(&tokenizer), experts, limits, metrics: Arc::clone(&metrics) };

@@ -3,7 +3,7 @@
 //! Pure arithmetic over times that callers give. What is usual is learned over all nodes together, so that one slow node does not
 //! make slowness usual.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -25,9 +25,14 @@ const STRIKES: u32 = 3;
 const SUSPENSION: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 
 /// For how many calls one may be asked of a second node because the first is late.
-const CALLS_PER_HEDGE: u32 = 20;
+const CALLS_PER_HEDGE: i64 = 20;
 /// Hedges that may be saved up.
-const HEDGES: u32 = 16;
+const HEDGES: i64 = 16;
+
+/// For how many calls one may be repeated at once because a node refused or failed.
+const CALLS_PER_RETRY: i64 = 5;
+/// Repeated calls that may be saved up.
+const RETRIES: i64 = 64;
 
 /// What an answer usually takes, by the number of rows asked for.
 #[derive(Debug, Default)]
@@ -107,34 +112,56 @@ impl Standing {
         self.record().until.is_some_and(|until| now < until)
     }
 
-    fn record(&self) -> std::sync::MutexGuard<'_, Record> {
+    fn record(&self) -> MutexGuard<'_, Record> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// How many more calls may be asked of a second node, so that a cluster that is slow as a whole is not asked twice for all.
+/// How many more calls may be made beside those that each layer needs, so that a cluster that is slow or sick as a whole is not
+/// asked again and again for all.
 #[derive(Debug)]
-pub(crate) struct HedgeBudget(Mutex<u32>);
-
-impl Default for HedgeBudget {
-    fn default() -> Self {
-        Self(Mutex::new(HEDGES * CALLS_PER_HEDGE))
-    }
+pub(crate) struct Budget {
+    /// For how many calls one more may be made.
+    calls: i64,
+    /// Calls earned and not spent; less than none after more than was saved up had to be made at once.
+    saved: Mutex<i64>,
+    most: i64,
 }
 
-impl HedgeBudget {
-    /// A call was made.
-    pub(crate) fn earn(&self) {
-        let mut saved = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        *saved = (*saved + 1).min(HEDGES * CALLS_PER_HEDGE);
+impl Budget {
+    /// That of calls to a second node because the first is late.
+    pub(crate) fn of_hedges() -> Self {
+        Self::new(CALLS_PER_HEDGE, HEDGES)
     }
 
-    /// Whether one call may be asked of a second node.
-    pub(crate) fn spend(&self) -> bool {
-        let mut saved = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let left = saved.checked_sub(CALLS_PER_HEDGE);
-        *saved = left.unwrap_or(*saved);
-        left.is_some()
+    /// That of calls repeated at once.
+    pub(crate) fn of_retries() -> Self {
+        Self::new(CALLS_PER_RETRY, RETRIES)
+    }
+
+    fn new(calls: i64, most: i64) -> Self {
+        Self { calls, saved: Mutex::new(most * calls), most: most * calls }
+    }
+
+    /// A call was made that had to be.
+    pub(crate) fn earn(&self) {
+        let mut saved = self.saved();
+        *saved = (*saved + 1).min(self.most);
+    }
+
+    /// Whether one more may be made.
+    pub(crate) fn allows(&self) -> bool {
+        *self.saved() >= self.calls
+    }
+
+    /// One more was made, whether it was allowed or had to be.
+    pub(crate) fn spend(&self) {
+        let mut saved = self.saved();
+        *saved = (*saved - self.calls).max(-self.most);
+    }
+
+    fn saved(&self) -> MutexGuard<'_, i64> {
+        self.saved.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -182,13 +209,23 @@ mod tests {
     }
 
     #[test]
-    fn one_call_in_twenty_may_be_hedged_for_long() {
-        let budget = HedgeBudget::default();
-        assert_eq!((0..100).filter(|_| budget.spend()).count(), HEDGES as usize);
-        let hedged = (0..2000).filter(|_| {
-            budget.earn();
-            budget.spend()
-        });
-        assert_eq!(hedged.count(), 100);
+    fn for_long_there_is_one_more_call_for_as_many_as_earn_it() {
+        for (budget, calls, most) in
+            [(Budget::of_hedges(), CALLS_PER_HEDGE, HEDGES), (Budget::of_retries(), CALLS_PER_RETRY, RETRIES)]
+        {
+            let take = || {
+                let allowed = budget.allows();
+                if allowed {
+                    budget.spend();
+                }
+                allowed
+            };
+            assert_eq!(i64::try_from((0..1000).filter(|_| take()).count()), Ok(most));
+            let more = (0..2000).filter(|_| {
+                budget.earn();
+                take()
+            });
+            assert_eq!(i64::try_from(more.count()), Ok(2000 / calls));
+        }
     }
 }

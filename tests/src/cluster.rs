@@ -1,11 +1,17 @@
 //! A cluster of processes on a real etcd.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
 
 use crate::etcd::Etcd;
+use crate::faults::Rig;
+use crate::faults::network::Link;
 use crate::process::Process;
+
+/// The name of the way to a node's gRPC services.
+const GRPC: &str = "grpc";
 
 /// One node: its process and where it answers.
 #[derive(Debug)]
@@ -58,15 +64,20 @@ impl Cluster {
         Self::start_with(&etcd.endpoint(), &setup)
     }
 
-    /// Starts a cluster on the etcd that listens at `etcd`; returns when all coordinators listen and all routers are ready.
+    /// Starts a cluster on the etcd that listens at `etcd`, with commas between its members; returns when all coordinators
+    /// listen and all routers are ready.
     pub fn start_with(etcd: &str, setup: &Setup<'_>) -> Result<Self> {
+        Self::start_rigged(etcd, setup, None)
+    }
+
+    /// The same with all nodes' ways to etcd and to each other through links of `rig`, and with its clocks.
+    pub fn start_rigged(etcd: &str, setup: &Setup<'_>, rig: Option<Arc<Rig>>) -> Result<Self> {
         let owned = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
         let envs = setup.envs.iter().map(owned).collect();
-        let launcher = Launcher { cluster: setup.name.to_owned(), etcd: etcd.to_owned(), envs };
+        let launcher = Launcher { cluster: setup.name.to_owned(), etcd: etcd.to_owned(), envs, rig };
         let experts = setup.models.iter().enumerate();
         let experts = listening(experts.map(|(index, model)| launcher.expert(index, model)))?;
-        let router = |index| launcher.begin("router-node", &format!("router-{index}"), Some(setup.router_model));
-        let routers = listening((0..setup.routers).map(router))?;
+        let routers = listening((0..setup.routers).map(|index| launcher.router(index, setup.router_model)))?;
         // The coordinators come last, so that the first placement is for all the nodes.
         let coordinators = listening((0..setup.coordinators).map(|index| launcher.coordinator(index)))?;
         let mut cluster = Self { coordinators, routers, experts, launcher };
@@ -78,7 +89,7 @@ impl Cluster {
 
     /// Starts expert node `index` again, under the id it had.
     pub fn restart_expert(&mut self, index: usize, model: &Path) -> Result<()> {
-        self.experts[index] = self.launcher.expert(index, model)?.listening()?;
+        self.experts[index] = self.begin_expert(index, model)?.listening()?;
         Ok(())
     }
 
@@ -92,7 +103,17 @@ impl Cluster {
         Ok(())
     }
 
-    /// Begins to start coordinator `index` again, under the id it had. Its predecessor's lease may have to end first.
+    /// Begins to start expert node `index` again, under the id it had. Its predecessor's lease may have to end first.
+    pub fn begin_expert(&self, index: usize, model: &Path) -> Result<Starting> {
+        self.launcher.expert(index, model)
+    }
+
+    /// The same for router `index`.
+    pub fn begin_router(&self, index: usize, model: &Path) -> Result<Starting> {
+        self.launcher.router(index, model)
+    }
+
+    /// The same for coordinator `index`.
     pub fn begin_coordinator(&self, index: usize) -> Result<Starting> {
         self.launcher.coordinator(index)
     }
@@ -104,6 +125,7 @@ struct Launcher {
     cluster: String,
     etcd: String,
     envs: Vec<(String, String)>,
+    rig: Option<Arc<Rig>>,
 }
 
 impl Launcher {
@@ -111,18 +133,30 @@ impl Launcher {
         self.begin("coordinator", &format!("coordinator-{index}"), None)
     }
 
+    fn router(&self, index: usize, model: &Path) -> Result<Starting> {
+        self.begin("router-node", &format!("router-{index}"), Some(model))
+    }
+
     fn expert(&self, index: usize, model: &Path) -> Result<Starting> {
         self.begin("expert-node", &format!("expert-{index}"), Some(model))
     }
 
     fn begin(&self, program: &str, id: &str, model: Option<&Path>) -> Result<Starting> {
-        let mut args = vec!["--id", id, "--cluster", &self.cluster, "--etcd", &self.etcd];
-        args.extend(["--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0"]);
+        let (mut etcd, mut envs, mut link) = (self.etcd.clone(), self.envs.clone(), None);
+        let mut args = vec!["--id", id, "--cluster", &self.cluster, "--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0"];
+        if let Some(rig) = &self.rig {
+            etcd = rig.etcd(id, &etcd)?;
+            let inward = rig.network.link(id);
+            envs.push(("SIROCCO_ADVERTISE".into(), inward.way(GRPC)?.to_string()));
+            envs.extend(rig.clock(id)?);
+            link = Some(inward);
+        }
+        args.extend(["--etcd", &etcd]);
         if let Some(model) = model {
             args.extend(["--model", model.to_str().context("test paths are UTF-8")?]);
         }
-        let envs: Vec<(&str, &str)> = self.envs.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
-        Ok(Starting { id: id.to_owned(), process: Process::start(program, &args, &envs)? })
+        let envs: Vec<(&str, &str)> = envs.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+        Ok(Starting { id: id.to_owned(), process: Process::start(program, &args, &envs)?, link })
     }
 }
 
@@ -137,15 +171,19 @@ fn listening(nodes: impl Iterator<Item = Result<Starting>>) -> Result<Vec<Node>>
 pub struct Starting {
     id: String,
     process: Process,
+    link: Option<Arc<Link>>,
 }
 
 impl Starting {
     /// Waits until it listens.
     pub fn listening(self) -> Result<Node> {
-        let Self { id, mut process } = self;
+        let Self { id, mut process, link } = self;
         let line = process.wait_for_line("listening ")?;
         let field = |name: &str| line.split(' ').find_map(|field| field.strip_prefix(name)).map(str::to_owned);
         let (grpc, http) = field("grpc=").zip(field("http=")).with_context(|| format!("{id} prints {line:?}"))?;
+        if let Some(link) = link {
+            link.lead(GRPC, grpc.parse()?)?;
+        }
         Ok(Node { id, process, grpc, http })
     }
 }

@@ -5,7 +5,9 @@
 
 pub mod cluster;
 pub mod etcd;
+pub mod faults;
 pub mod process;
+pub mod random;
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};

@@ -6,7 +6,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Resource, Rlimit, Signal, kill_process, prlimit};
 use tempfile::TempDir;
 
 use crate::{PATIENCE, wait_at_most, wait_for};
@@ -97,8 +97,21 @@ impl Process {
 
     /// Sends a signal.
     pub fn signal(&self, signal: Signal) -> Result<()> {
-        let pid = Pid::from_raw(self.child.id().cast_signed()).context("a process has an id")?;
-        Ok(kill_process(pid, signal)?)
+        Ok(kill_process(self.pid()?, signal)?)
+    }
+
+    /// Has the system give it no more memory than it has now and `bytes` more.
+    pub fn limit_memory(&self, bytes: u64) -> Result<()> {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id()))?;
+        let size = status.lines().find_map(|line| line.strip_prefix("VmSize:")).context("it has ended")?;
+        let size = size.trim().trim_end_matches(" kB").parse::<u64>()? * 1024;
+        let limit = Rlimit { current: Some(size + bytes), maximum: Some(size + bytes) };
+        prlimit(Some(self.pid()?), Resource::As, limit)?;
+        Ok(())
+    }
+
+    fn pid(&self) -> Result<Pid> {
+        Pid::from_raw(self.child.id().cast_signed()).context("a process has an id")
     }
 
     /// Kills it at once, as `kill -9` does, and reaps it.

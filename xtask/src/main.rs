@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 mod bench;
+mod chaos;
 mod gpu;
 mod nvrtc;
 mod programs;
@@ -24,8 +25,8 @@ Commands:
   up [ARGS...]   Build the release binaries, then become `sirocco up ARGS...` (`cargo xtask up --help` lists them)
   test           Check everything, as continuous integration does: formatting, lints, binaries, all tests, documentation.
                  Tests start programs: what SIROCCO_<PROGRAM>_BIN names (ETCD, ETCDCTL, CHROMIUM, CHROMEDRIVER, PROMTOOL,
-                 PYTHON, NODE, NPM, CXX), else what is on the path, else Debian's packages, which are installed. GPU kernels are
-                 compiled by NVIDIA's compiler: the library that SIROCCO_NVRTC names, else that of a wheel from PyPI
+                 PYTHON, NODE, NPM, FAKETIME, CXX), else what is on the path, else Debian's packages, which are installed. GPU
+                 kernels are compiled by NVIDIA's compiler: the library that SIROCCO_NVRTC names, else that of a wheel from PyPI
       --no-install   Fail when one is missing instead of installing it
   bench [NAME]   Build for release, measure, and print figures beside what they must reach; fails when one does not
                  Without a name, the first four (docs/benchmarks.md)
@@ -36,8 +37,14 @@ Commands:
       plan       How long plans take, and how balanced they are (docs/simulation.md)
       control    Joins, drains and takeovers on a real etcd under load, and how often etcd is written
       serve      Streams, latency, cached prefixes, overload and idling of a cluster with the bundled model
-      -o json    Print a list of objects instead of a table; not for plan and control
       gpu        Experts on an NVIDIA GPU over its copies and its matrix multiplications
+      -o json    Print a list of objects instead of a table; not for plan and control
+  chaos          Build for release and put faults into a cluster under load, in an order that a seed decides; fails when a
+                 request fails, a byte changes or the cluster does not come to rest (docs/faults.md)
+      --seed S       The order, which comes again with the same seed [default: 1]
+      --minutes M    How long [default: 10]
+  chaos table    The same faults one by one, each measured and printed beside its bar; fails when one is missed
+      -o json        Print a list of objects instead of a table
   gpu-check      Check what needs an NVIDIA GPU: kernels, goldens, clusters of GPU and CPU nodes, and memory by
                  compute-sanitizer when it is there. Fails, saying what is missing, where there is no GPU
       --no-install   As for test
@@ -58,11 +65,15 @@ fn main() -> ExitCode {
         ["test", "--no-install"] => steps::test(programs::WhenMissing::Fail),
         ["gpu-check"] => gpu::check(programs::WhenMissing::Install),
         ["gpu-check", "--no-install"] => gpu::check(programs::WhenMissing::Fail),
-        ["help" | "--help" | "-h"] | ["test" | "bench" | "gpu-check", "--help" | "-h"] => {
+        ["help" | "--help" | "-h"] | ["test" | "bench" | "chaos" | "gpu-check", "--help" | "-h"] => {
             print!("{HELP}");
             Ok(())
         }
         ["bench", rest @ ..] => match bench::Request::parse(rest) {
+            Ok(request) => request.run(),
+            Err(problem) => return usage(&problem),
+        },
+        ["chaos", rest @ ..] => match chaos::Request::parse(rest) {
             Ok(request) => request.run(),
             Err(problem) => return usage(&problem),
         },

@@ -21,7 +21,7 @@ pub(crate) struct Program {
 }
 
 /// Every such program.
-pub(crate) const PROGRAMS: [Program; 9] = [
+pub(crate) const PROGRAMS: [Program; 10] = [
     Program { name: "etcd", variable: "SIROCCO_ETCD_BIN", packages: &["etcd-server"], unit: Some("etcd.service") },
     Program { name: "etcdctl", variable: "SIROCCO_ETCDCTL_BIN", packages: &["etcd-client"], unit: None },
     Program {
@@ -34,6 +34,7 @@ pub(crate) const PROGRAMS: [Program; 9] = [
     Program { name: "chromedriver", variable: "SIROCCO_CHROMEDRIVER_BIN", packages: &["chromium-driver"], unit: None },
     Program { name: "python3", variable: "SIROCCO_PYTHON_BIN", packages: PYTHON, unit: None },
     Program { name: "node", variable: "SIROCCO_NODE_BIN", packages: &["nodejs"], unit: None },
+    Program { name: "faketime", variable: "SIROCCO_FAKETIME_BIN", packages: &["faketime"], unit: None },
     Program { name: "c++", variable: "SIROCCO_CXX_BIN", packages: &["g++"], unit: None },
     Program { name: "npm", variable: "SIROCCO_NPM_BIN", packages: &["npm"], unit: None },
 ];

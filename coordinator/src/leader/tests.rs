@@ -69,6 +69,7 @@ struct Coordinator {
     task: JoinSet<()>,
     commands: mpsc::Sender<Command>,
     died: CancellationToken,
+    shutdown: CancellationToken,
     mortal: Arc<Mortal>,
 }
 
@@ -110,11 +111,13 @@ impl Cluster {
             metrics: crate::metrics::tests::metrics().0,
         };
         let mut task = JoinSet::new();
+        let shutdown = CancellationToken::new();
+        let leave = shutdown.clone();
         task.spawn(async move {
-            candidate.run(CancellationToken::new()).await;
+            candidate.run(leave).await;
             drop(loads);
         });
-        Coordinator { task, commands, died, mortal }
+        Coordinator { task, commands, died, shutdown, mortal }
     }
 
     async fn wait(&self, condition: impl Fn(&ClusterState) -> bool) {
@@ -221,4 +224,19 @@ async fn a_deposed_leader_writes_nothing_more() {
     let state = Arc::clone(&cluster.states.borrow());
     assert!(state.operations().skip(before).all(|operation| operation.leader == "second"));
     assert!(state.cordon(&NodeId::new("a").unwrap()).is_none());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_candidate_that_leaves_keeps_nobody_waiting_behind_it() {
+    let cluster = Cluster::start().await;
+    let _leader = cluster.coordinator("first", usize::MAX);
+    cluster.wait(at_rest).await;
+    let candidates = async || cluster.store.list(&cluster.keys.election()).await.unwrap().entries.len();
+    let mut second = cluster.coordinator("second", usize::MAX);
+    while candidates().await < 2 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    second.shutdown.cancel();
+    second.task.join_next().await.unwrap().unwrap();
+    assert_eq!(candidates().await, 1);
 }

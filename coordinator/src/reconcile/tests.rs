@@ -2,6 +2,7 @@
 
 use proptest::prelude::*;
 use serde_json::json;
+use sirocco_types::{ExpertHoldings, RefusedExpert};
 
 use super::*;
 use crate::operations::Request;
@@ -103,6 +104,31 @@ fn a_lost_node_is_replaced_while_the_old_placement_serves() {
     cluster.load("a");
     assert_eq!(step(&mut cluster), "serving2");
     assert!(cluster.state().about(Epoch(2)).unwrap().reason.contains("b is gone"));
+}
+
+#[test]
+fn what_a_node_cannot_load_goes_to_another_one() {
+    let mut cluster = Cluster::serving(&["a", "b", "c"]);
+    cluster.entries.join_with("a", 7, &json!({ "state": "draining" }));
+    assert_eq!(step(&mut cluster), "place-running target2");
+    let b = NodeId::new("b").unwrap();
+    let held = cluster.state().holdings(&b).unwrap().clone();
+    let new: Vec<ExpertKey> = cluster.state().needed_on(&b).into_iter().filter(|key| !held.contains(*key)).collect();
+    assert!(!new.is_empty(), "it has something to load");
+    let refused = new.iter().map(|key| RefusedExpert { key: *key, reason: "the disk is broken".into() }).collect();
+    cluster.entries.put("holdings/b", &ExpertHoldings { refused, ..held.clone() });
+    cluster.load("c");
+    step(&mut cluster);
+    cluster.load("c");
+    while !step(&mut cluster).is_empty() {}
+    let state = cluster.state();
+    let (target, serving) = (state.target().unwrap(), state.serving().unwrap());
+    assert_eq!((target.epoch, serving.unplaced().count()), (serving.epoch, 0));
+    assert!(new.iter().all(|key| !serving.replicas(*key).contains(&b)), "{serving:?}");
+    let kept = serving.iter().filter(|(_, nodes)| nodes.contains(&b)).count();
+    assert_eq!(kept, held.count(), "what it has it keeps: {serving:?}");
+    let about = state.about(target.epoch).unwrap();
+    assert!(about.reason.contains("b cannot load an expert"), "{about:?}");
 }
 
 #[test]

@@ -3,7 +3,7 @@
 //! Everything follows from its arguments and a seed. Never starts a node, reads a clock or decides anything.
 
 mod loads;
-mod random;
+pub(crate) mod random;
 
 pub use loads::{Language, Loads, ParseLoadsError, drifted, first, reshuffled};
 

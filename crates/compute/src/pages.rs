@@ -1,7 +1,10 @@
 //! Memory for weights: in huge pages where the system has them, for reading gigabytes by small ones is slowed by looking
 //! pages up.
 
-use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
+#[cfg(target_os = "linux")]
+mod regions;
+
+use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::ptr::NonNull;
 
 /// Bytes of a huge page.
@@ -24,24 +27,20 @@ unsafe impl Sync for Pages {}
 impl Pages {
     pub(crate) fn zeroed(len: usize) -> Self {
         let layout = Self::layout(len);
-        if layout.size() == 0 {
-            return Self { data: NonNull::dangling(), len };
-        }
-        // SAFETY: the size is not zero.
-        let Some(data) = NonNull::new(unsafe { alloc(layout) }) else { handle_alloc_error(layout) };
-        if layout.align() == HUGE {
-            // SAFETY: what was just allocated.
-            unsafe { prefer_huge(data.as_ptr(), layout.size()) };
-        }
-        // SAFETY: the allocation is `layout.size()` bytes long.
-        unsafe { data.write_bytes(0, layout.size()) };
-        Self { data: data.cast(), len }
+        let data = match layout.size() {
+            0 => Some(NonNull::<u32>::dangling().cast()),
+            #[cfg(target_os = "linux")]
+            bytes if regions::holds(bytes) => regions::take(bytes),
+            // SAFETY: the size is not zero.
+            _ => NonNull::new(unsafe { alloc_zeroed(layout) }),
+        };
+        Self { data: data.unwrap_or_else(|| handle_alloc_error(layout)).cast(), len }
     }
 
     fn layout(len: usize) -> Layout {
-        let bytes = len.checked_mul(size_of::<u32>()).expect("a matrix fits into the address space");
-        let align = if bytes >= HUGE { HUGE } else { LINE };
-        Layout::from_size_align(bytes, align).expect("a matrix fits into the address space")
+        let bytes = len.checked_mul(size_of::<u32>());
+        let layout = bytes.and_then(|bytes| Layout::from_size_align(bytes, LINE).ok());
+        layout.expect("a matrix fits into the address space")
     }
 }
 
@@ -64,9 +63,13 @@ impl std::ops::DerefMut for Pages {
 impl Drop for Pages {
     fn drop(&mut self) {
         let layout = Self::layout(self.len);
-        if layout.size() > 0 {
+        match layout.size() {
+            0 => {}
+            #[cfg(target_os = "linux")]
+            // SAFETY: taken from there, as many bytes, and used by nobody any more.
+            bytes if regions::holds(bytes) => unsafe { regions::give(self.data.cast(), bytes) },
             // SAFETY: allocated with this layout.
-            unsafe { dealloc(self.data.as_ptr().cast(), layout) };
+            _ => unsafe { dealloc(self.data.as_ptr().cast(), layout) },
         }
     }
 }
@@ -88,14 +91,32 @@ mod tests {
     use super::*;
 
     #[test]
-    fn memory_is_aligned_zero_and_writable_whatever_its_size() {
-        for len in [0, 1, 1000, HUGE / 4, HUGE / 4 * 3 + 7] {
-            let mut pages = Pages::zeroed(len);
-            assert_eq!(pages.len(), len);
-            assert!(pages.iter().all(|&word| word == 0));
-            assert!(len == 0 || pages.as_ptr().addr().is_multiple_of(LINE));
-            pages.fill(7);
-            assert!(pages.iter().all(|&word| word == 7));
+    fn memory_is_aligned_zero_and_writable_whatever_its_size_and_who_had_it_before() {
+        for _ in 0..3 {
+            for len in [0, 1, 1000, HUGE / 4, HUGE / 4 * 3 + 7] {
+                let mut pages = Pages::zeroed(len);
+                assert_eq!(pages.len(), len);
+                assert!(pages.iter().all(|&word| word == 0));
+                assert!(len == 0 || pages.as_ptr().addr().is_multiple_of(LINE));
+                pages.fill(7);
+                assert!(pages.iter().all(|&word| word == 7));
+            }
         }
+    }
+
+    #[test]
+    fn threads_that_take_and_give_at_once_never_share_a_word() {
+        std::thread::scope(|scope| {
+            for thread in 0..4_u32 {
+                scope.spawn(move || {
+                    for round in 0..20 {
+                        let mut pages: Vec<_> = (1..4).map(|n| Pages::zeroed(HUGE / 16 * n + round)).collect();
+                        assert!(pages.iter().all(|pages| pages.iter().all(|&word| word == 0)));
+                        pages.iter_mut().for_each(|pages| pages.fill(thread));
+                        assert!(pages.iter().all(|pages| pages.iter().all(|&word| word == thread)));
+                    }
+                });
+            }
+        });
     }
 }

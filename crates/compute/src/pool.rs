@@ -1,7 +1,8 @@
 //! The threads a node computes with, and the instruction set they compute in.
 //!
 //! Work is a number of tasks that an atomic counter hands out; the thread that asks for it takes part. Workers watch for more
-//! work for a few tens of microseconds after the last, then sleep: an idle pool takes no processor time. One caller's work
+//! work for a few tens of microseconds after the last, unless somebody else wants their core, then sleep: an idle pool takes no
+//! processor time. One caller's work
 //! runs at a time, others wait their turn. A worker that wakes too late for a job is not waited for.
 
 use std::any::Any;
@@ -18,6 +19,9 @@ use crate::disjoint::Disjoint;
 
 /// How long a thread watches for what comes next before it sleeps. The next multiplication of a forward pass comes within it.
 const WATCH: Duration = Duration::from_micros(40);
+
+/// Longer than offering the core to others takes when nobody wants it.
+const WANTED: Duration = Duration::from_micros(5);
 
 /// A fixed set of compute threads, cheap to clone. Work is split over outputs, so their number never changes a result.
 #[derive(Clone, Debug)]
@@ -276,11 +280,16 @@ struct Watch {
 }
 
 impl Watch {
-    /// Waits a moment; true once [`WATCH`] is over.
+    /// Waits a moment; true once [`WATCH`] is over, or somebody else wanted this core.
     fn is_over(&mut self) -> bool {
         std::hint::spin_loop();
         self.looks = self.looks.wrapping_add(1);
-        self.looks.is_multiple_of(16) && self.since.get_or_insert_with(Instant::now).elapsed() >= WATCH
+        if !self.looks.is_multiple_of(16) {
+            return false;
+        }
+        let now = Instant::now();
+        std::thread::yield_now();
+        now.elapsed() >= WANTED || *self.since.get_or_insert(now) + WATCH <= now
     }
 }
 

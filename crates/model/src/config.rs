@@ -1,5 +1,7 @@
 //! `config.json` and `generation_config.json` of a checkpoint folder.
 
+use std::fs::File;
+use std::io::Read as _;
 use std::path::Path;
 
 use serde_json::Value;
@@ -9,6 +11,9 @@ use crate::CheckpointError;
 
 /// The families this reads.
 const SUPPORTED: [&str; 1] = ["mixtral"];
+
+/// Longest file of settings or index that is read; the index of a model with 100,000 tensors has 10 MB.
+const MAX_JSON_BYTES: u64 = 64 << 20;
 
 /// What transformers takes for a Mixtral that does not say.
 const DEFAULT_ROPE_THETA: f32 = 1e6;
@@ -55,12 +60,15 @@ pub fn read_spec(folder: &Path) -> Result<ModelSpec, CheckpointError> {
 
 /// Reads a JSON file of the folder.
 pub(crate) fn read_json(folder: &Path, file: &'static str) -> Result<Value, CheckpointError> {
-    let text = std::fs::read(folder.join(file)).map_err(|error| CheckpointError::Read { file: file.into(), error })?;
-    serde_json::from_slice(&text).map_err(|error| CheckpointError::Config {
-        file,
-        key: "the file".into(),
-        problem: error.to_string(),
-    })
+    let unreadable = |error| CheckpointError::Read { file: file.into(), error };
+    let bad = |problem| CheckpointError::Config { file, key: "the file".into(), problem };
+    let mut text = Vec::new();
+    let opened = File::open(folder.join(file)).map_err(unreadable)?;
+    opened.take(MAX_JSON_BYTES + 1).read_to_end(&mut text).map_err(unreadable)?;
+    if text.len() as u64 > MAX_JSON_BYTES {
+        return Err(bad(format!("longer than {MAX_JSON_BYTES} bytes")));
+    }
+    serde_json::from_slice(&text).map_err(|error| bad(error.to_string()))
 }
 
 struct Config {
@@ -153,6 +161,8 @@ fn eos_token_ids(folder: &Path, config: &Config) -> Result<Vec<u32>, CheckpointE
 
 /// Refuses numbers that fit no model.
 fn check(config: &Config, spec: &ModelSpec) -> Result<(), CheckpointError> {
+    spec.check()
+        .map_err(|error| config.bad(error.field, format!("{}, must be from 1 to {}", error.value, error.limit)))?;
     if !spec.num_attention_heads.is_multiple_of(spec.num_key_value_heads) {
         let problem =
             format!("{}, must divide num_attention_heads, {}", spec.num_key_value_heads, spec.num_attention_heads);
@@ -160,11 +170,6 @@ fn check(config: &Config, spec: &ModelSpec) -> Result<(), CheckpointError> {
     }
     if spec.head_dim == 0 || !spec.head_dim.is_multiple_of(2) {
         return Err(config.bad("head_dim", format!("{}, must be an even number above 0", spec.head_dim)));
-    }
-    if spec.num_experts_per_tok > spec.num_local_experts {
-        let problem =
-            format!("{}, must be at most num_local_experts, {}", spec.num_experts_per_tok, spec.num_local_experts);
-        return Err(config.bad("num_experts_per_tok", problem));
     }
     match spec.eos_token_ids.iter().chain(&spec.bos_token_id).find(|id| **id as usize >= spec.vocab_size) {
         Some(id) => Err(config.bad("eos_token_id or bos_token_id", format!("{id}, vocab_size is {}", spec.vocab_size))),

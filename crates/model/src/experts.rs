@@ -1,6 +1,7 @@
 //! The experts of a layer, wherever they are.
 
 use std::collections::HashMap;
+use std::time::Instant;
 
 use sirocco_compute::{ExpertWeights, Pool, weighted_sum};
 use sirocco_types::{ExpertDtype, ExpertKey, LayerId, Routing};
@@ -10,12 +11,13 @@ use crate::{Checkpoint, CheckpointError};
 /// Runs a layer's experts over a batch of tokens.
 pub trait Experts: Send + Sync {
     /// The weighted sum of each token's experts: `hidden` is `[tokens, hidden_size]`, normalised, and so is the result in
-    /// shape. However it is computed, the bits are those of [`LocalExperts`].
+    /// shape. However it is computed, the bits are those of [`LocalExperts`]. After `until` nobody waits for it any more.
     fn forward(
         &self,
         layer: LayerId,
         hidden: &[f32],
         routing: &Routing,
+        until: Option<Instant>,
     ) -> impl Future<Output = Result<Vec<f32>, ExpertsError>> + Send;
 }
 
@@ -68,7 +70,13 @@ impl LocalExperts {
 }
 
 impl Experts for LocalExperts {
-    async fn forward(&self, layer: LayerId, hidden: &[f32], routing: &Routing) -> Result<Vec<f32>, ExpertsError> {
+    async fn forward(
+        &self,
+        layer: LayerId,
+        hidden: &[f32],
+        routing: &Routing,
+        _: Option<Instant>,
+    ) -> Result<Vec<f32>, ExpertsError> {
         let width = self.hidden_size;
         let mut rows = vec![0.0; routing.experts.len() * width]; // [tokens * top_k, hidden]
         for (expert, slots) in routing.by_expert() {

@@ -52,6 +52,8 @@ pub struct SequenceChunk<'a> {
     pub tokens: &'a [u32],
     /// After which of its tokens to compute logits.
     pub logits: Logits,
+    /// When its sequence's time is over; none: never. A batch waits as long as its most patient chunk.
+    pub until: Option<Instant>,
 }
 
 /// After which tokens of a chunk logits are computed.
@@ -72,6 +74,8 @@ pub struct StepOutput {
     pub logits: Vec<Vec<f32>>,
     /// For each layer, the experts of every token of the step, chunk after chunk.
     pub routing: Vec<Routing>,
+    /// For each chunk the layer in which it came to values that are not finite, if it did; its logits say nothing then.
+    pub overflows: Vec<Option<LayerId>>,
     /// Where its time went.
     pub times: StepTimes,
 }
@@ -91,6 +95,8 @@ struct BatchOutput {
     hidden: Vec<f32>,
     /// By layer.
     routing: Vec<Routing>,
+    /// By chunk.
+    overflows: Vec<Option<LayerId>>,
     attention: Duration,
 }
 
@@ -176,8 +182,10 @@ impl Model {
         let kv = RefCell::new(kv);
         let outputs = by_turns(batches.iter().map(|chunks| self.layers(chunks, &kv, experts))).await?;
         let began = Instant::now();
-        let mut step = StepOutput { logits: Vec::new(), routing: Vec::new(), times: StepTimes::default() };
+        let mut step =
+            StepOutput { logits: Vec::new(), routing: Vec::new(), overflows: Vec::new(), times: StepTimes::default() };
         for (chunks, output) in batches.iter().zip(outputs) {
+            step.overflows.extend(&output.overflows);
             step.logits.extend(self.logits(chunks, &output.hidden));
             step.times.attention += output.attention;
             if step.routing.is_empty() {
@@ -210,22 +218,29 @@ impl Model {
         let angles: Vec<_> = positions(chunks).map(|(_, position)| self.rotary.angles(position)).collect();
         let mut buffers = Buffers::new(&self.spec, angles.len());
 
+        let until = chunks.iter().map(|chunk| chunk.until).max_by_key(|until| (until.is_none(), *until)).flatten();
+        let mut overflows = vec![None; chunks.len()];
+
         let mut routing = Vec::with_capacity(self.layers.len());
         for (layer, id) in self.layers.iter().zip((0..).map(LayerId)) {
             rms_norm(&hidden, &layer.attention_norm, eps, &mut buffers.normed, &self.pool);
             self.attention(layer, id, chunks, &angles, &mut buffers, &mut kv.borrow_mut());
-            add(&mut hidden, &buffers.projected);
+            if !add(&mut hidden, &buffers.projected) {
+                contain(&mut hidden, chunks, id, &mut overflows);
+            }
 
             rms_norm(&hidden, &layer.experts_norm, eps, &mut buffers.normed, &self.pool);
             let gate = self.multiply(&buffers.normed, &layer.gate); // [tokens, experts]
             let chosen = route(gate, self.spec.num_local_experts, self.spec.num_experts_per_tok);
             attention += began.elapsed();
-            let combined = experts.forward(id, &buffers.normed, &chosen).await?;
+            let combined = experts.forward(id, &buffers.normed, &chosen, until).await?;
             began = Instant::now();
-            add(&mut hidden, &combined);
+            if !add(&mut hidden, &combined) {
+                contain(&mut hidden, chunks, id, &mut overflows);
+            }
             routing.push(chosen);
         }
-        Ok(BatchOutput { hidden, routing, attention })
+        Ok(BatchOutput { hidden, routing, overflows, attention })
     }
 
     /// Stores the keys and values of `buffers.normed` and attends; leaves what comes of it in `buffers.projected`.
@@ -288,8 +303,28 @@ fn positions<'a>(chunks: &'a [SequenceChunk<'_>]) -> impl Iterator<Item = (&'a [
     chunks.iter().flat_map(|chunk| (chunk.start..).take(chunk.tokens.len()).map(|position| (chunk.blocks, position)))
 }
 
-fn add(hidden: &mut [f32], residual: &[f32]) {
+/// Adds `residual` to `hidden`, `[tokens, hidden]`. Returns whether every sum is finite.
+fn add(hidden: &mut [f32], residual: &[f32]) -> bool {
+    let mut largest = 0;
     for (hidden, residual) in hidden.iter_mut().zip(residual) {
         *hidden += residual;
+        largest = largest.max(hidden.abs().to_bits());
+    }
+    largest < f32::INFINITY.to_bits()
+}
+
+/// Notes in `overflows` the chunks of `hidden`, `[tokens, hidden]`, that are not finite since `layer`, and puts zeros in their
+/// place, which are safe to go on with. Rows do not depend on each other, so that no other chunk has seen them.
+fn contain(hidden: &mut [f32], chunks: &[SequenceChunk<'_>], layer: LayerId, overflows: &mut [Option<LayerId>]) {
+    let tokens: usize = chunks.iter().map(|chunk| chunk.tokens.len()).sum();
+    let width = hidden.len() / tokens.max(1);
+    let mut rest = hidden;
+    for (chunk, overflow) in chunks.iter().zip(overflows) {
+        let (own, others) = rest.split_at_mut(chunk.tokens.len() * width);
+        if !own.iter().all(|value| value.is_finite()) {
+            overflow.get_or_insert(layer);
+            own.fill(0.0);
+        }
+        rest = others;
     }
 }

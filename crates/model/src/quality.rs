@@ -67,7 +67,7 @@ async fn bits(model: &Model, experts: &LocalExperts, tokens: &[u32]) -> Result<f
     let mut nats = 0.0;
     for part in tokens.chunks((window - 1).max(1)) {
         let input: Vec<u32> = spec.bos_token_id.into_iter().chain(part.iter().copied()).collect();
-        let chunk = SequenceChunk { blocks: &blocks, start: 0, tokens: &input, logits: Logits::All };
+        let chunk = SequenceChunk { blocks: &blocks, start: 0, tokens: &input, logits: Logits::All, until: None };
         let mut kv = KvCache::new(spec, blocks.len());
         let logits = model.forward(&[&[chunk]], &mut kv, experts).await?.logits;
         nats += logits.iter().zip(&input[1..]).map(|(logits, &token)| surprise(logits, token)).sum::<f64>();

@@ -6,6 +6,9 @@ use std::path::Path;
 use serde_json::Value;
 use sirocco_types::ModelSpec;
 
+/// Longest file that is read; those of 256,000 tokens have about 35 MB.
+const MAX_BYTES: u64 = 256 << 20;
+
 /// Text to token ids and back, as Hugging Face's tokenizer of the same file does it.
 #[derive(Debug)]
 pub struct Tokenizer {
@@ -51,6 +54,10 @@ impl Tokenizer {
         let path = folder.join("tokenizer.json");
         if !path.is_file() {
             return Err(TokenizerError::Load(format!("there is no such file in {}", folder.display())));
+        }
+        let bytes = path.metadata().map_err(|error| TokenizerError::Load(error.to_string()))?.len();
+        if bytes > MAX_BYTES {
+            return Err(TokenizerError::Load(format!("it is {bytes} bytes long, the limit is {MAX_BYTES}")));
         }
         let load = |error: tokenizers::Error| TokenizerError::Load(error.to_string());
         let mut inner = tokenizers::Tokenizer::from_file(path).map_err(load)?;

@@ -83,7 +83,7 @@ fn a_bad_configuration_names_the_key() {
         ("hidden_size", 0.into(), "from 1"),
         ("num_attention_heads", 6.into(), "hidden_size, 64"),
         ("hidden_size", (-4).into(), "-4"),
-        ("num_experts_per_tok", 9.into(), "num_local_experts"),
+        ("num_experts_per_tok", 9.into(), "from 1 to 8"),
         ("num_key_value_heads", 3.into(), "num_attention_heads"),
         ("vocab_size", Value::Null, "absent"),
         ("rms_norm_eps", "small".into(), "number"),
@@ -100,13 +100,27 @@ fn a_bad_configuration_names_the_key() {
 #[test]
 fn a_size_far_beyond_the_weights_names_the_first_tensor_it_asks_too_much_of() {
     let cases = [
-        ("num_hidden_layers", "model.layers.2."),
-        ("num_local_experts", "model.layers.0.block_sparse_moe.gate.weight"),
-        ("vocab_size", "model.embed_tokens.weight"),
-        ("head_dim", "model.layers.0.self_attn.q_proj.weight"),
+        ("num_hidden_layers", 1024, "model.layers.2."),
+        ("num_local_experts", 4096, "model.layers.0.block_sparse_moe.gate.weight"),
+        ("vocab_size", 1 << 24, "model.embed_tokens.weight"),
+        ("head_dim", 4096, "model.layers.0.self_attn.q_proj.weight"),
     ];
-    for (key, tensor) in cases {
-        assert_names(&with_config(|config| config[key] = 2_000_000_000.into()), &[tensor]);
+    for (key, limit, tensor) in cases {
+        assert_names(&with_config(|config| config[key] = limit.into()), &[tensor]);
+        let beyond = with_config(|config| config[key] = (limit + 2).into());
+        assert_names(&beyond, &["config.json", key, &format!("from 1 to {limit}")]);
+    }
+}
+
+#[test]
+fn a_file_of_settings_without_end_is_not_read_to_its_end() {
+    for file in ["config.json", "model.safetensors.index.json"] {
+        let dir = copy();
+        if file != "config.json" {
+            std::fs::remove_file(dir.path().join(WEIGHTS)).unwrap();
+        }
+        std::fs::File::create(dir.path().join(file)).unwrap().set_len(1 << 40).unwrap();
+        assert_names(&refusal(dir.path()), &[file, "longer than 67108864 bytes"]);
     }
 }
 

@@ -69,7 +69,8 @@ fn greedy(setup: &Setup, prompt: &[u32], new: usize) -> (Vec<u32>, Vec<StepOutpu
     let mut tokens = prompt.to_vec();
     let (mut start, mut steps) = (0, Vec::new());
     for _ in 0..new {
-        let chunk = SequenceChunk { blocks: &blocks, start, tokens: &tokens[start..], logits: Logits::Last };
+        let chunk =
+            SequenceChunk { blocks: &blocks, start, tokens: &tokens[start..], logits: Logits::Last, until: None };
         let step = block_on(setup.model.forward(&[&[chunk]], &mut kv, &setup.experts)).unwrap();
         start = tokens.len();
         tokens.push(top5(&step.logits[0]).0[0]);
@@ -179,9 +180,9 @@ fn logits_in_chunks(setup: &Setup, prompt: &[u32], cuts: &[usize], mate: Option<
     for end in cuts.iter().copied().chain([prompt.len()]) {
         let mut chunks = Vec::new();
         if let Some(tokens) = mate.filter(|_| start == 0) {
-            chunks.push(SequenceChunk { blocks: others, start: 0, tokens, logits: Logits::None });
+            chunks.push(SequenceChunk { blocks: others, start: 0, tokens, logits: Logits::None, until: None });
         }
-        chunks.push(SequenceChunk { blocks, start, tokens: &prompt[start..end], logits: Logits::Last });
+        chunks.push(SequenceChunk { blocks, start, tokens: &prompt[start..end], logits: Logits::Last, until: None });
         let step = block_on(setup.model.forward(&[&chunks], &mut kv, &setup.experts)).unwrap();
         if end == prompt.len() {
             return step.logits[0].iter().map(|x| x.to_bits()).collect();

@@ -1,10 +1,12 @@
 //! A sequence's bits depend on its own tokens alone: any way of cutting sequences into chunks, batching them and spreading the
 //! work over batches and threads gives what each gives alone in one piece.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::Poll;
+use std::time::Instant;
 
 use futures::executor::block_on;
 use proptest::prelude::*;
@@ -81,7 +83,7 @@ fn run(setup: &Setup, sequences: &[Vec<u32>], steps: &[Vec<usize>]) -> Results {
                 let (start, tokens) = (done[s], &tokens[done[s]..end]);
                 // Logits in the middle of a prompt are wanted too, by every other sequence.
                 let logits = if end == sequences[s].len() || s % 2 == 0 { Logits::Last } else { Logits::None };
-                chunks.push(SequenceChunk { blocks: tables[s], start, tokens, logits });
+                chunks.push(SequenceChunk { blocks: tables[s], start, tokens, logits, until: None });
                 owners.push(s);
                 done[s] = end;
             }
@@ -156,7 +158,7 @@ fn a_copied_block_goes_on_as_the_block_it_was_copied_from() {
     let tokens: Vec<u32> = (0..2 * KvCache::BLOCK_TOKENS as u32 + 8).map(|i| (i * 37 + 11) % 256).collect();
     let mut kv = KvCache::new(checkpoint.spec(), 6);
     let compute = |kv: &mut KvCache, blocks: &[u32], from: usize| {
-        let chunk = SequenceChunk { blocks, start: from, tokens: &tokens[from..], logits: Logits::All };
+        let chunk = SequenceChunk { blocks, start: from, tokens: &tokens[from..], logits: Logits::All, until: None };
         block_on(model.forward(&[&[chunk]], kv, experts)).unwrap().logits
     };
     let whole = compute(&mut kv, &[0, 1, 2], 0);
@@ -173,7 +175,13 @@ struct Distant<'a> {
 }
 
 impl Experts for Distant<'_> {
-    async fn forward(&self, layer: LayerId, hidden: &[f32], routing: &Routing) -> Result<Vec<f32>, ExpertsError> {
+    async fn forward(
+        &self,
+        layer: LayerId,
+        hidden: &[f32],
+        routing: &Routing,
+        until: Option<Instant>,
+    ) -> Result<Vec<f32>, ExpertsError> {
         self.most.fetch_max(self.waiting.fetch_add(1, Ordering::Relaxed) + 1, Ordering::Relaxed);
         let mut asked = false;
         std::future::poll_fn(|context| {
@@ -182,7 +190,7 @@ impl Experts for Distant<'_> {
         })
         .await;
         self.waiting.fetch_sub(1, Ordering::Relaxed);
-        self.experts.forward(layer, hidden, routing).await
+        self.experts.forward(layer, hidden, routing, until).await
     }
 }
 
@@ -192,8 +200,13 @@ fn while_one_batch_waits_for_its_experts_another_goes_on() {
     let run = |together: bool| {
         let experts = Distant { experts, waiting: AtomicUsize::new(0), most: AtomicUsize::new(0) };
         let mut kv = KvCache::new(checkpoint.spec(), 2);
-        let chunk =
-            |block: &'static [u32]| SequenceChunk { blocks: block, start: 0, tokens: &[1, 2], logits: Logits::Last };
+        let chunk = |block: &'static [u32]| SequenceChunk {
+            blocks: block,
+            start: 0,
+            tokens: &[1, 2],
+            logits: Logits::Last,
+            until: None,
+        };
         let chunks = [chunk(&[0]), chunk(&[1])];
         let (first, second) = chunks.split_at(1);
         let batches: &[&[SequenceChunk]] = if together { &[&chunks] } else { &[first, second] };
@@ -203,4 +216,59 @@ fn while_one_batch_waits_for_its_experts_another_goes_on() {
     let (one, two) = (run(true), run(false));
     assert_eq!((one.1, two.1), (1, 2));
     assert_eq!(one.0, two.0);
+}
+
+/// Experts of which those of one layer give `value` for some rows of its first batch.
+struct Overflowing<'a> {
+    experts: &'a LocalExperts,
+    layer: LayerId,
+    rows: Range<usize>,
+    value: f32,
+}
+
+impl Experts for Overflowing<'_> {
+    async fn forward(
+        &self,
+        layer: LayerId,
+        hidden: &[f32],
+        routing: &Routing,
+        until: Option<Instant>,
+    ) -> Result<Vec<f32>, ExpertsError> {
+        assert!(hidden.iter().all(|value| value.is_finite()), "what overflowed is asked of nobody");
+        let mut combined = self.experts.forward(layer, hidden, routing, until).await?;
+        let width = combined.len() / routing.tokens();
+        if layer == self.layer {
+            combined[self.rows.start * width..self.rows.end * width].fill(self.value);
+        }
+        Ok(combined)
+    }
+}
+
+#[test]
+fn what_overflows_is_named_by_its_layer_and_changes_no_bit_of_its_batch_mates() {
+    let Setup { checkpoint, model, experts } = &*ONE_THREAD;
+    let prompts: [&[u32]; 3] = [&[1, 2, 3], &[4, 5], &[6, 7, 8, 9]];
+    let chunks = |blocks: &'static [[u32; 1]; 3]| {
+        std::array::from_fn::<_, 3, _>(|index| SequenceChunk {
+            blocks: &blocks[index],
+            start: 0,
+            tokens: prompts[index],
+            logits: Logits::Last,
+            until: None,
+        })
+    };
+    let (before, after) = (&[[0], [1], [2]], &[[1], [2], [0]]);
+    let mut kv = KvCache::new(checkpoint.spec(), 3);
+    let well = block_on(model.forward(&[&chunks(before)], &mut kv, experts)).unwrap();
+    assert_eq!(well.overflows, [None; 3]);
+    for layer in checkpoint.spec().layers() {
+        for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let overflowing = Overflowing { experts, layer, rows: 3..4, value };
+            let sick = block_on(model.forward(&[&chunks(before)], &mut kv, &overflowing)).unwrap();
+            assert_eq!(sick.overflows, [None, Some(layer), None], "{value}");
+            assert_eq!((&sick.logits[0], &sick.logits[2]), (&well.logits[0], &well.logits[2]), "{value}");
+            let again = block_on(model.forward(&[&chunks(after)], &mut kv, experts)).unwrap();
+            assert_eq!(again.logits, well.logits, "in the blocks that it left");
+        }
+    }
 }

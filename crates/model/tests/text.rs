@@ -79,3 +79,12 @@ proptest! {
         prop_assert_eq!(streamed(&tokenizer, &ids).concat(), tokenizer.decode(&ids));
     }
 }
+
+#[test]
+fn a_tokenizer_without_end_is_not_read() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::File::create(folder.path().join("tokenizer.json")).unwrap().set_len(1 << 40).unwrap();
+    let checkpoint = sirocco_model::Checkpoint::open(&demo()).unwrap();
+    let error = Tokenizer::load(folder.path(), checkpoint.spec()).unwrap_err();
+    assert_eq!(error.to_string(), "tokenizer.json: it is 1099511627776 bytes long, the limit is 268435456");
+}

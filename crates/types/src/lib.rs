@@ -20,7 +20,9 @@ pub use grammar::{Calls, Grammar, GrammarTooLong, JsonSchema, Otherwise, Tool, g
 pub use ids::{Epoch, ExpertId, ExpertKey, LayerId, NodeId, NodeIdError};
 pub use load::{LayerLoad, LoadCounters, LoadReport, NodeLoad};
 pub use member::{Device, ExpertHoldings, Member, MemberState, RefusedExpert, Role};
-pub use model::{Dtype, ExpertDtype, ExpertDtypeError, Fingerprint, FingerprintError, ModelIdentity, ModelSpec};
+pub use model::{
+    Dtype, ExpertDtype, ExpertDtypeError, Fingerprint, FingerprintError, ModelIdentity, ModelSpec, SpecError,
+};
 pub use operation::{Cordon, EpochAbout, MinReplicas, Move, Operation, OperationKind, OperationState};
 pub use placement::{EpochRef, LayerPlacement, Placement, PlacementKind};
 pub use priority::Priority;

@@ -48,7 +48,42 @@ pub struct ModelSpec {
     pub dtype: Dtype,
 }
 
+/// A number of a [`ModelSpec`] that is beyond any model.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{field} is {value}, must be from 1 to {limit}")]
+pub struct SpecError {
+    /// Whose it is.
+    pub field: &'static str,
+    /// What it says.
+    pub value: usize,
+    /// The most it may be.
+    pub limit: usize,
+}
+
 impl ModelSpec {
+    /// Refuses numbers that nothing should be sized by: they come from files and from the store.
+    ///
+    /// Errors name the first field that is 0 or over its limit. What passes can be multiplied as shapes are without overflow.
+    pub fn check(&self) -> Result<(), SpecError> {
+        let fields = [
+            ("hidden_size", self.hidden_size, 1 << 16),
+            ("intermediate_size", self.intermediate_size, 1 << 20),
+            ("num_hidden_layers", self.num_hidden_layers, 1 << 10),
+            ("num_local_experts", self.num_local_experts, 1 << 12),
+            ("num_experts_per_tok", self.num_experts_per_tok, self.num_local_experts),
+            ("num_attention_heads", self.num_attention_heads, 1 << 10),
+            ("num_key_value_heads", self.num_key_value_heads, self.num_attention_heads),
+            ("head_dim", self.head_dim, 1 << 12),
+            ("vocab_size", self.vocab_size, 1 << 24),
+            ("max_position_embeddings", self.max_position_embeddings, 1 << 31),
+            ("sliding_window", self.sliding_window.unwrap_or(1), 1 << 31),
+        ];
+        match fields.into_iter().find(|(_, value, limit)| !(1..=*limit).contains(value)) {
+            Some((field, value, limit)) => Err(SpecError { field, value, limit }),
+            None => Ok(()),
+        }
+    }
+
     /// Bytes of one expert's weights in the checkpoint: w1, w2 and w3.
     pub fn expert_bytes(&self) -> u64 {
         3 * self.hidden_size as u64 * self.intermediate_size as u64 * self.dtype.size() as u64

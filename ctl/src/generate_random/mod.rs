@@ -204,7 +204,13 @@ mod tests {
         let mut ids = prompt;
         let (mut start, mut generated) = (0, Vec::new());
         for _ in 0..8 {
-            let chunk = SequenceChunk { blocks: &[2, 0, 3, 1], start, tokens: &ids[start..], logits: Logits::Last };
+            let chunk = SequenceChunk {
+                blocks: &[2, 0, 3, 1],
+                start,
+                tokens: &ids[start..],
+                logits: Logits::Last,
+                until: None,
+            };
             let output = block_on(model.forward(&[&[chunk]], &mut kv, &experts)).unwrap();
             let best = (0..300_u32).max_by(|a, b| {
                 let at = |id: &u32| output.logits[0][*id as usize];

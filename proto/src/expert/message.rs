@@ -11,6 +11,7 @@ use prost::Message;
 use prost::encoding::{WireType, encode_key, encode_varint, encoded_len_varint, key_len};
 use tonic::Status;
 
+use super::Checked;
 use crate::channel::MAX_MESSAGE_BYTES;
 use crate::wire::expert::Tensor;
 
@@ -79,9 +80,9 @@ impl Inbox {
 
     /// The next message, when it is there as a whole.
     ///
-    /// Errors when it is compressed (`INTERNAL`), too long (`OUT_OF_RANGE`) or not the message it should be (`INVALID_ARGUMENT`
-    /// with the field's name).
-    pub(super) fn next<M: Message + Default>(&mut self) -> Result<Option<M>, Status> {
+    /// Errors when it is compressed (`INTERNAL`), too long (`OUT_OF_RANGE`), not the message it should be (`INVALID_ARGUMENT`
+    /// with the field's name) or changed on the way (`DATA_LOSS`). Nothing after it can be read then.
+    pub(super) fn next<M: Checked>(&mut self) -> Result<Option<M>, Status> {
         let len = match self.len {
             Some(len) => len,
             None if self.chunks.len < PREFIX_BYTES => return Ok(None),
@@ -106,7 +107,15 @@ impl Inbox {
         }
         self.len = None;
         let message = M::decode((&mut self.chunks).take(len));
-        message.map(Some).map_err(|error| Status::invalid_argument(error.to_string()))
+        let message = message.map_err(|error| Status::invalid_argument(error.to_string()))?;
+        // Not even its id can be trusted.
+        let (actual, claimed) = (message.checksum(), message.claimed());
+        if actual != claimed {
+            return Err(Status::data_loss(format!(
+                "crc32c: {claimed:08x}, that of the message's fields is {actual:08x}"
+            )));
+        }
+        Ok(Some(message))
     }
 }
 
@@ -176,14 +185,17 @@ mod tests {
     const HIDDEN_STATES: u32 = super::super::HIDDEN_STATES;
 
     fn request(rows: usize) -> DispatchRequest {
-        DispatchRequest {
+        let mut request = DispatchRequest {
             id: 7,
             model_fingerprint: Bytes::from_static(&[9; 32]),
             layer: 3,
             deadline_ms: 250,
             hidden_states: Some(Rows::new((0..rows * 4).map(|value| value as f32).collect(), 4).into_wire()),
             experts: vec![ExpertRows { expert: 5, rows: (0..rows as u32).collect() }],
-        }
+            crc32c: 0,
+        };
+        request.crc32c = request.checksum();
+        request
     }
 
     fn written(request: &DispatchRequest) -> Vec<Bytes> {
@@ -194,7 +206,7 @@ mod tests {
     proptest! {
         #[test]
         fn a_message_reads_the_same_however_it_is_cut(rows in 0usize..40, cuts in proptest::collection::vec(0usize..900, 0..6)) {
-            let requests = [request(rows), request(2 * rows), DispatchRequest { hidden_states: None, ..request(1) }];
+            let requests = [request(rows), request(2 * rows), request(0)];
             let bytes = requests.iter().flat_map(written).flatten().collect::<Bytes>();
             let mut cuts: Vec<usize> = cuts.into_iter().map(|cut| cut.min(bytes.len())).chain([0, bytes.len()]).collect();
             cuts.sort_unstable();

@@ -50,7 +50,8 @@ struct Keepalive {
     waits: (Duration, Duration),
     /// Until the next question, or for its answer.
     timer: Pin<Box<Sleep>>,
-    asked: bool,
+    /// How long the answer to the question that was asked may take.
+    asked: Option<Duration>,
 }
 
 impl std::fmt::Debug for Stream {
@@ -91,7 +92,7 @@ impl Stream {
             .map_err(|error| Broken(format!("address {authority:?}: {error}")))?;
         let (response, requests) = client.send_request(request, false).map_err(broken)?;
         let pings = connection.ping_pong().expect("asked for once");
-        let keepalive = Keepalive { pings, waits, timer: Box::pin(tokio::time::sleep(waits.0)), asked: false };
+        let keepalive = Keepalive { pings, waits, timer: Box::pin(tokio::time::sleep(waits.0)), asked: None };
         Ok(Self { connection, requests, responses: Responses::Awaited(response), inbox: Inbox::default(), keepalive })
     }
 
@@ -104,6 +105,11 @@ impl Stream {
             let _ = self.requests.send_data(chunk, false);
         }
         Ok(())
+    }
+
+    /// Asks the node at once whether it lives; if it does not answer within `patience`, the stream breaks.
+    pub fn probe(&mut self, patience: Duration) {
+        self.keepalive.probe(patience);
     }
 
     /// Tells the node that nothing more will be asked.
@@ -190,17 +196,40 @@ impl Keepalive {
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Broken> {
         let (interval, patience) = self.waits;
         loop {
-            if self.asked && matches!(self.pings.poll_pong(cx), Poll::Ready(Ok(_))) {
-                self.asked = false;
+            if self.asked.is_some() && matches!(self.pings.poll_pong(cx), Poll::Ready(Ok(_))) {
+                self.asked = None;
                 self.restart(interval);
             }
             ready!(self.timer.as_mut().poll(cx));
-            if self.asked || self.pings.send_ping(Ping::opaque()).is_err() {
+            if let Some(patience) = self.asked {
                 return Poll::Ready(Broken(format!("no sign of life within {patience:?}")));
             }
-            self.asked = true;
+            if !self.ask(patience) {
+                return Poll::Ready(Broken(CLOSED.to_owned()));
+            }
+        }
+    }
+
+    /// Does what is due only later now.
+    fn probe(&mut self, patience: Duration) {
+        match self.asked {
+            None => drop(self.ask(patience)),
+            Some(granted) if granted > patience => {
+                self.asked = Some(patience);
+                self.restart(patience);
+            }
+            Some(_) => {}
+        }
+    }
+
+    /// Asks, unless the connection has ended.
+    fn ask(&mut self, patience: Duration) -> bool {
+        let sent = self.pings.send_ping(Ping::opaque()).is_ok();
+        if sent {
+            self.asked = Some(patience);
             self.restart(patience);
         }
+        sent
     }
 
     fn restart(&mut self, wait: Duration) {
@@ -224,5 +253,21 @@ mod tests {
         let broken = stream.next().await.unwrap().unwrap_err();
         assert_eq!(broken.to_string(), "no sign of life within 20ms");
         drop(silent);
+    }
+
+    #[tokio::test]
+    async fn a_node_that_is_asked_at_once_is_given_up_as_soon_as_it_may_be() {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let hour = Duration::from_hours(1);
+        for waits in [(hour, hour), (Duration::ZERO, hour)] {
+            let mut stream = Stream::connect(&address, waits).await.unwrap();
+            let silent = listener.accept().await.unwrap();
+            assert!(futures::poll!(Box::pin(stream.next())).is_pending(), "the second has asked already");
+            stream.probe(Duration::from_millis(20));
+            let broken = stream.next().await.unwrap().unwrap_err();
+            assert_eq!(broken.to_string(), "no sign of life within 20ms");
+            drop(silent);
+        }
     }
 }

@@ -19,10 +19,12 @@ fn a_request_survives_the_wire() {
 #[test]
 fn a_malformed_request_is_refused_by_name() {
     type Change = fn(&mut wire::DispatchRequest);
-    let cases: [(Change, RefusalReason, &str); 4] = [
+    let cases: [(Change, RefusalReason, &str); 5] = [
         (|r| r.model_fingerprint = vec![1, 2].into(), RefusalReason::Invalid, "model_fingerprint"),
         (|r| r.hidden_states = None, RefusalReason::Invalid, "hidden_states"),
         (|r| r.experts[0].rows[0] = 2, RefusalReason::Invalid, "asks for row 2"),
+        // Each of 2^26 + 1 rows is 8 bytes.
+        (|r| r.experts[0].rows = vec![1; (1 << 26) + 1], RefusalReason::Invalid, "an answer of 536870920 bytes"),
         (|r| r.hidden_states.as_mut().unwrap().crc32c ^= 1, RefusalReason::Corrupt, "checksum"),
     ];
     for (change, reason, message) in cases {

@@ -3,11 +3,14 @@
 //!
 //! Rows that a node refused go to another replica at once, or wait for a placement that has one, until time is up. Rows that are
 //! late by what is usual ([`crate::standing`]) are asked of another replica too; whichever answers first counts, for both answer
-//! with the same bits. Which replica computes what is for [`crate::replicas`] to say.
+//! with the same bits. Which replica computes what is for [`crate::replicas`] to say. Where many calls fail, they are repeated only
+//! as fast as a budget allows; and what every replica calls impossible is not repeated.
 
 mod parts;
 #[cfg(test)]
 mod simulation;
+#[cfg(test)]
+mod wire_faults;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -23,7 +26,7 @@ use tokio::time::{Instant, sleep_until};
 
 use crate::load::ExpertCounts;
 use crate::metrics::Metrics;
-use crate::standing::{HedgeBudget, Usual};
+use crate::standing::{Budget, Usual};
 use crate::topology::Topology;
 use parts::{Choice, Collected, Part, Share, parts, share};
 
@@ -47,7 +50,8 @@ pub(crate) struct RemoteExperts {
     pub(crate) turns: Arc<ExpertCounts>,
     /// What answers usually take.
     pub(crate) usual: Arc<Usual>,
-    pub(crate) hedges: Arc<HedgeBudget>,
+    pub(crate) hedges: Arc<Budget>,
+    pub(crate) retries: Arc<Budget>,
     pub(crate) metrics: Arc<Metrics>,
 }
 
@@ -71,6 +75,7 @@ struct LayerCall<'a> {
     layer: LayerId,
     hidden: &'a [f32],
     top_k: usize,
+    began: Instant,
     deadline: Instant,
     collected: Collected,
     calls: BTreeMap<usize, Call>,
@@ -87,16 +92,24 @@ struct LayerCall<'a> {
 }
 
 impl Experts for RemoteExperts {
-    async fn forward(&self, layer: LayerId, hidden: &[f32], routing: &Routing) -> Result<Vec<f32>, ExpertsError> {
+    async fn forward(
+        &self,
+        layer: LayerId,
+        hidden: &[f32],
+        routing: &Routing,
+        until: Option<std::time::Instant>,
+    ) -> Result<Vec<f32>, ExpertsError> {
         let began = Instant::now();
-        let mut state = LayerCall::new(self, layer, hidden, routing, began);
+        let most = began + self.timeout;
+        let deadline = until.map_or(most, |until| most.min(until.into()));
+        let mut state = LayerCall::new(self, layer, (hidden, routing), (began, deadline));
         let mut topology = self.topology.clone();
         let mut answers = FuturesUnordered::new();
         while !state.collected.is_complete() {
             let fresh = topology.has_changed().unwrap_or(false);
             if state.acts_at(fresh) <= Instant::now() {
                 let current = Arc::clone(&topology.borrow_and_update());
-                for share in state.act(&current, fresh, Instant::now()) {
+                for share in state.act(&current, fresh, Instant::now())? {
                     let connection = Arc::clone(&share.connection);
                     let (id, request) = state.open(share, Instant::now());
                     // The placement is in use until what is sent by it is answered.
@@ -111,7 +124,7 @@ impl Experts for RemoteExperts {
             let wake = state.acts_at(false).min(state.deadline);
             tokio::select! {
                 biased;
-                Some((id, result)) = answers.next() => state.answered(id, result, Instant::now())?,
+                Some((id, result)) = answers.next() => state.answered(id, result, Instant::now()),
                 () = sleep_until(wake) => {
                     if Instant::now() >= state.deadline {
                         return Err(ExpertsError::Unavailable(state.describe()));
@@ -128,7 +141,13 @@ impl Experts for RemoteExperts {
 }
 
 impl<'a> LayerCall<'a> {
-    fn new(experts: &'a RemoteExperts, layer: LayerId, hidden: &'a [f32], routing: &Routing, now: Instant) -> Self {
+    /// The rows of `hidden`, `[tokens, hidden_size]`, for the experts of `routing`, from now, `began`, to `deadline`.
+    fn new(
+        experts: &'a RemoteExperts,
+        layer: LayerId,
+        (hidden, routing): (&'a [f32], &Routing),
+        (began, deadline): (Instant, Instant),
+    ) -> Self {
         let stranded = parts(routing);
         for part in &stranded {
             experts.tokens.add(ExpertKey { layer, expert: part.expert }, part.slots.len() as u64);
@@ -139,14 +158,15 @@ impl<'a> LayerCall<'a> {
             layer,
             hidden,
             top_k: routing.top_k,
-            deadline: now + experts.timeout,
+            began,
+            deadline,
             collected: Collected::new(slots, experts.hidden_size),
             calls: BTreeMap::new(),
             next_call: 0,
             asked: vec![0; slots],
             stranded,
             eager: true,
-            retry: now,
+            retry: began,
             backoff: BACKOFF.0,
         }
     }
@@ -162,26 +182,35 @@ impl<'a> LayerCall<'a> {
         late.chain(retry).min().unwrap_or(self.deadline)
     }
 
-    /// What to ask now, of whom: what is stranded, and what is late.
-    fn act(&mut self, topology: &Topology, fresh: bool, now: Instant) -> Vec<Share> {
-        let mut shares = self.retry(topology, fresh, now);
+    /// What to ask now, of whom: what is stranded, and what is late. Errors when asking again cannot help.
+    fn act(&mut self, topology: &Topology, fresh: bool, now: Instant) -> Result<Vec<Share>, ExpertsError> {
+        let mut shares = self.retry(topology, fresh, now)?;
         for call in self.calls.values_mut() {
             let waits = call.struck && fresh;
             if !call.hedged && (call.late <= now || waits) {
                 shares.extend(call.hedge(self.experts, self.layer, (&self.collected, &mut self.asked), topology, now));
             }
         }
-        shares
+        Ok(shares)
     }
 
-    /// Deals what is stranded: to nodes that were not asked yet at once, to others when it is time or the placement is `fresh`.
-    fn retry(&mut self, topology: &Topology, fresh: bool, now: Instant) -> Vec<Share> {
+    /// Deals what is stranded: to nodes that were not asked yet at once, as far as the budget goes, to others when it is time or
+    /// the placement is `fresh`. Errors when every node that serves something of it says that it is impossible.
+    fn retry(&mut self, topology: &Topology, fresh: bool, now: Instant) -> Result<Vec<Share>, ExpertsError> {
         self.eager = false;
+        let due = fresh || now >= self.retry;
+        let again = self.stranded.iter().any(|part| !part.asked.is_empty());
+        if again && !due && !self.experts.retries.allows() {
+            return Ok(Vec::new());
+        }
         let deal = |parts, choice| share(self.layer, parts, topology, choice, &self.experts.turns);
         let (mut shares, tried) = deal(std::mem::take(&mut self.stranded), Choice::NotAsked);
-        if !fresh && now < self.retry {
+        if let Some(refusal) = tried.iter().find_map(Part::impossible) {
+            return Err(ExpertsError::Internal(refusal.message.clone()));
+        }
+        if !due {
             self.stranded = tried;
-            return shares;
+            return Ok(shares);
         }
         let (again, unserved) = deal(tried, Choice::LeastAsked);
         shares.extend(again);
@@ -189,7 +218,7 @@ impl<'a> LayerCall<'a> {
             self.stranded = unserved;
             self.back_off(now);
         }
-        shares
+        Ok(shares)
     }
 
     fn back_off(&mut self, now: Instant) {
@@ -204,9 +233,15 @@ impl<'a> LayerCall<'a> {
         let model = (self.experts.fingerprint, self.layer);
         let request = share.request(model, self.hidden, (self.experts.hidden_size, self.top_k), self.deadline);
         let rows = request.hidden_states.len();
-        share.connection.hop.asked(rows, share.parts.iter().filter(|part| part.asked.len() > 1).count());
+        let again = share.parts.iter().filter(|part| part.asked.len() > 1).count();
+        share.connection.hop.asked(rows, again);
         share.parts.iter().flat_map(|part| &part.slots).for_each(|slot| self.asked[*slot] += 1);
         self.experts.hedges.earn();
+        if again > 0 {
+            self.experts.retries.spend();
+        } else {
+            self.experts.retries.earn();
+        }
         let late = now + self.experts.usual.patience(rows, share.speed);
         let call = Call { share, rows, sent: now, late, struck: false, hedged: false };
         self.calls.insert(self.next_call, call);
@@ -214,21 +249,15 @@ impl<'a> LayerCall<'a> {
         (self.next_call - 1, request)
     }
 
-    /// Takes in what call `id` brought. Errors when asking again cannot help.
-    fn answered(
-        &mut self,
-        id: usize,
-        result: Result<ExpertOutputs, Refusal>,
-        now: Instant,
-    ) -> Result<(), ExpertsError> {
-        let Some(Call { share, rows, sent, struck, .. }) = self.calls.remove(&id) else { return Ok(()) };
+    /// Takes in what call `id` brought.
+    fn answered(&mut self, id: usize, result: Result<ExpertOutputs, Refusal>, now: Instant) {
+        let Some(Call { share, rows, sent, struck, .. }) = self.calls.remove(&id) else { return };
         let Share { node, connection, speed, parts } = share;
         if !struck {
             parts.iter().flat_map(|part| &part.slots).for_each(|slot| self.asked[*slot] -= 1);
         }
         let (hop, standing) = (&connection.hop, &connection.standing);
-        let failure = result.as_ref().err().map(|refusal| refusal.reason);
-        let refused = self.collected.take(parts, result)?;
+        let (refused, failure) = self.collected.take(parts, result);
         match failure {
             None => {
                 hop.answered(now - sent);
@@ -253,7 +282,6 @@ impl<'a> LayerCall<'a> {
         if self.eager {
             self.back_off(now);
         }
-        Ok(())
     }
 
     /// Names the first expert that is missing and what is known of why.
@@ -272,7 +300,7 @@ impl<'a> LayerCall<'a> {
             n => format!(" (and {n} more experts of the layer)"),
         };
         let (expert, why) = missing.into_iter().next().unwrap_or_default();
-        let (key, seconds) = (ExpertKey { layer: self.layer, expert }, self.experts.timeout.as_secs());
+        let (key, seconds) = (ExpertKey { layer: self.layer, expert }, (self.deadline - self.began).as_secs_f64());
         format!("{key} did not answer within {seconds} s{others}: {why}")
     }
 }
@@ -294,6 +322,7 @@ impl Call {
             self.struck = true;
             parts.iter().flat_map(|part| &part.slots).for_each(|slot| asked[*slot] -= 1);
             connection.hop.late();
+            connection.probe();
             if connection.standing.failed(now) {
                 let late_ms = (now - self.sent).as_millis();
                 tracing::warn!(%node, late_ms, "an expert node is late again and again, others are asked");
@@ -305,8 +334,11 @@ impl Call {
         };
         // A node that serves it no more, or is taken for lost, is not hedged but replaced.
         let lost = now - self.sent >= LOST.max(experts.usual.patience(self.rows, *speed) * 2);
-        if !lost && missing.iter().any(serves) && !experts.hedges.spend() {
-            return Vec::new();
+        if !lost && missing.iter().any(serves) {
+            if !experts.hedges.allows() {
+                return Vec::new();
+            }
+            experts.hedges.spend();
         }
         let (shares, unserved) = share(layer, missing, topology, Choice::NotAsked, &experts.turns);
         self.hedged = unserved.is_empty();
@@ -324,11 +356,11 @@ mod tests {
         let experts = RemoteExperts { timeout: 3 * BACKOFF.0, ..simulation::experts(Arc::default()) };
         let routing = Routing { top_k: 2, experts: [3, 5, 5, 0].map(ExpertId).to_vec(), weights: vec![0.5; 4] };
         let hidden = vec![0.0; 2 * experts.hidden_size];
-        let result = experts.forward(LayerId(1), &hidden, &routing).await;
+        let result = experts.forward(LayerId(1), &hidden, &routing, None).await;
         let Err(ExpertsError::Unavailable(text)) = result else { panic!("{result:?}") };
         assert_eq!(
             text,
-            "expert 0 of layer 1 did not answer within 0 s (and 2 more experts of the layer): no expert node serves it"
+            "expert 0 of layer 1 did not answer within 0.015 s (and 2 more experts of the layer): no expert node serves it"
         );
         assert_eq!(experts.tokens.totals(), [[0; 8], [1, 0, 0, 1, 0, 2, 0, 0]]);
         assert_eq!(spec().num_hidden_layers, 2);

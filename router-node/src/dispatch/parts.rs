@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use sirocco_model::ExpertsError;
 use sirocco_proto::Rows;
 use sirocco_proto::expert::{DispatchRequest, ExpertOutputs, ExpertRows, Refusal, RefusalReason};
 use sirocco_types::{ExpertId, ExpertKey, Fingerprint, LayerId, NodeId, Routing};
@@ -24,6 +23,8 @@ pub(super) struct Part {
     pub(super) asked: Vec<NodeId>,
     /// Why the last attempt failed.
     pub(super) refusal: Option<Refusal>,
+    /// How many of the nodes asked say that it is impossible.
+    rejections: usize,
 }
 
 /// What one node is asked for.
@@ -47,7 +48,7 @@ pub(super) enum Choice {
 
 /// One part for each expert that `routing` chose.
 pub(super) fn parts(routing: &Routing) -> Vec<Part> {
-    let part = |(expert, slots)| Part { expert, slots, asked: Vec::new(), refusal: None };
+    let part = |(expert, slots)| Part { expert, slots, asked: Vec::new(), refusal: None, rejections: 0 };
     routing.by_expert().into_iter().map(part).collect()
 }
 
@@ -112,13 +113,20 @@ impl Part {
             slots: std::mem::replace(&mut self.slots, rest),
             asked,
             refusal: self.refusal.clone(),
+            rejections: self.rejections,
         }
     }
 
     /// The part, after it was refused.
     fn refused(mut self, refusal: Refusal) -> Self {
+        self.rejections += usize::from(rejects(refusal.reason));
         self.refusal = Some(refusal);
         self
+    }
+
+    /// Why it is impossible, if all that were asked say so.
+    pub(super) fn impossible(&self) -> Option<&Refusal> {
+        self.refusal.as_ref().filter(|_| self.rejections > 0 && self.rejections == self.asked.len())
     }
 }
 
@@ -185,32 +193,26 @@ impl Collected {
         (!part.slots.is_empty()).then_some(part)
     }
 
-    /// Puts a node's rows where they belong and returns the parts that it refused. An answer that does not fit what was asked
-    /// counts for nothing: all `parts` come back. Errors when asking again cannot help.
+    /// Puts a node's rows where they belong. Returns the parts that it refused, and why if it failed as a whole. An answer that
+    /// does not fit what was asked is a failure and counts for nothing.
     pub(super) fn take(
         &mut self,
         parts: Vec<Part>,
         result: Result<ExpertOutputs, Refusal>,
-    ) -> Result<Vec<Part>, ExpertsError> {
-        let refuse_all = |parts: Vec<Part>, refusal: Refusal| {
-            if last_word(refusal.reason) {
-                return Err(ExpertsError::Internal(refusal.message));
-            }
-            Ok(parts.into_iter().map(|part| part.refused(refusal.clone())).collect())
-        };
-        let outputs = match result {
+    ) -> (Vec<Part>, Option<RefusalReason>) {
+        let misfit = || Refusal::new(RefusalReason::Internal, "an expert node's answer does not fit the request");
+        let fitting = result.and_then(|outputs| if self.fits(&parts, &outputs) { Ok(outputs) } else { Err(misfit()) });
+        let outputs = match fitting {
             Ok(outputs) => outputs,
-            Err(refusal) => return refuse_all(parts, refusal),
+            Err(refusal) => {
+                let reason = refusal.reason;
+                return (parts.into_iter().map(|part| part.refused(refusal.clone())).collect(), Some(reason));
+            }
         };
-        if !self.fits(&parts, &outputs) {
-            let refusal = Refusal::new(RefusalReason::Internal, "an expert node's answer does not fit the request");
-            return refuse_all(parts, refusal);
-        }
         let mut next = 0;
         let mut refused = Vec::new();
         for (part, (_, result)) in parts.into_iter().zip(outputs.experts) {
             match result {
-                Err(refusal) if last_word(refusal.reason) => return Err(ExpertsError::Internal(refusal.message)),
                 Err(refusal) => refused.push(part.refused(refusal)),
                 Ok(()) => {
                     for &slot in &part.slots {
@@ -221,7 +223,7 @@ impl Collected {
                 }
             }
         }
-        Ok(refused)
+        (refused, None)
     }
 
     fn fits(&self, parts: &[Part], outputs: &ExpertOutputs) -> bool {
@@ -234,8 +236,8 @@ impl Collected {
     }
 }
 
-/// Whether every node would refuse for `reason`.
-fn last_word(reason: RefusalReason) -> bool {
+/// Whether a node that refuses for `reason` says that asking again cannot help.
+fn rejects(reason: RefusalReason) -> bool {
     use RefusalReason::{Corrupt, DeadlineExceeded, Internal, Invalid, NotHeld, Unavailable, WrongModel};
     match reason {
         Invalid | WrongModel => true,
@@ -252,7 +254,7 @@ mod tests {
     const WIDTH: usize = 2;
 
     fn part(expert: u32, slots: &[usize]) -> Part {
-        Part { expert: ExpertId(expert), slots: slots.to_vec(), asked: Vec::new(), refusal: None }
+        Part { expert: ExpertId(expert), slots: slots.to_vec(), asked: Vec::new(), refusal: None, rejections: 0 }
     }
 
     fn outputs(experts: &[(u32, Result<(), Refusal>)], rows: Vec<f32>) -> ExpertOutputs {
@@ -267,7 +269,8 @@ mod tests {
         let answer =
             outputs(&[(3, Ok(())), (5, Err(not_held.clone())), (6, Ok(()))], vec![1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
         let mut collected = Collected::new(5, WIDTH);
-        let refused = collected.take(parts, Ok(answer)).unwrap();
+        let (refused, failure) = collected.take(parts, Ok(answer));
+        assert_eq!(failure, None);
         assert_eq!(collected.rows, [0.0, 0.0, 3.0, 4.0, 5.0, 6.0, 0.0, 0.0, 1.0, 2.0]);
         let left: Vec<_> = refused.iter().map(|part| (part.expert, part.slots.clone(), part.refusal.clone())).collect();
         assert_eq!(left, [(ExpertId(5), vec![0], Some(not_held))]);
@@ -277,9 +280,9 @@ mod tests {
         assert!(rest_of(part(6, &[2]), &[0; 5]).is_none() && !collected.is_complete());
 
         let again = collected.take(vec![part(3, &[4, 1])], Ok(outputs(&[(3, Ok(()))], vec![1.0, 2.0, 3.0, 4.0])));
-        assert!(again.unwrap().is_empty(), "a second answer changes nothing");
+        assert!(again.0.is_empty(), "a second answer changes nothing");
         let rest = outputs(&[(5, Ok(())), (7, Ok(()))], vec![7.0; 4]);
-        assert!(collected.take(vec![part(5, &[0]), part(7, &[3])], Ok(rest)).unwrap().is_empty());
+        assert!(collected.take(vec![part(5, &[0]), part(7, &[3])], Ok(rest)).0.is_empty());
         assert!(collected.is_complete());
     }
 
@@ -293,30 +296,34 @@ mod tests {
         ];
         for answer in cases {
             let mut collected = Collected::new(1, WIDTH);
-            let refused = collected.take(vec![part(3, &[0])], Ok(answer)).unwrap();
+            let (refused, failure) = collected.take(vec![part(3, &[0])], Ok(answer));
+            assert_eq!(failure, Some(RefusalReason::Internal));
             assert_eq!(refused[0].refusal.as_ref().map(|refusal| refusal.reason), Some(RefusalReason::Internal));
             assert!(!collected.is_complete() && collected.rows == [0.0; WIDTH]);
         }
     }
 
     #[test]
-    fn only_refusals_that_may_pass_are_tried_again() {
+    fn a_part_is_impossible_once_all_that_were_asked_say_so() {
         use RefusalReason::*;
-        for (reason, again) in [
-            (NotHeld, true),
-            (Corrupt, true),
-            (Unavailable, true),
-            (DeadlineExceeded, true),
-            (Internal, true),
-            (Invalid, false),
-            (WrongModel, false),
+        let ids = ["a", "b"].map(|name| NodeId::new(name).unwrap());
+        for (reasons, impossible) in [
+            (&[Invalid][..], true),
+            (&[WrongModel, Invalid], true),
+            (&[Unavailable, Invalid], false),
+            (&[WrongModel, Corrupt], false),
+            (&[NotHeld], false),
+            (&[DeadlineExceeded], false),
+            (&[Internal], false),
         ] {
-            let refusal = Refusal::new(reason, "why");
-            let whole = Collected::new(1, WIDTH).take(vec![part(3, &[0])], Err(refusal.clone()));
-            assert_eq!(whole.is_ok_and(|parts| parts.len() == 1), again, "{reason:?}");
-            let single = outputs(&[(3, Err(refusal))], vec![]);
-            let single = Collected::new(1, WIDTH).take(vec![part(3, &[0])], Ok(single));
-            assert_eq!(single.is_ok_and(|parts| parts.len() == 1), again, "{reason:?}");
+            let mut collected = Collected::new(1, WIDTH);
+            let mut parts = vec![part(3, &[0])];
+            for (reason, node) in reasons.iter().zip(&ids) {
+                let asked = vec![parts[0].take(1, node)];
+                let single = outputs(&[(3, Err(Refusal::new(*reason, "why")))], vec![]);
+                (parts, _) = collected.take(asked, Ok(single));
+            }
+            assert_eq!(parts[0].impossible().is_some(), impossible, "{reasons:?}");
         }
     }
 

@@ -16,10 +16,10 @@ const WIDTH: usize = 2;
 const MS: Duration = Duration::from_millis(1);
 
 /// Numbers that look random, the same for the same seed. Source: splitmix64.
-struct Random(u64);
+pub(super) struct Random(pub(super) u64);
 
 impl Random {
-    fn below(&mut self, end: u64) -> u64 {
+    pub(super) fn below(&mut self, end: u64) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -44,6 +44,8 @@ enum Mood {
     Dead,
     /// Now and then with a refusal, of all or of one expert, or with something else than was asked.
     Mad,
+    /// That all of it is impossible.
+    Rejecting,
 }
 
 type Answer = oneshot::Sender<Result<ExpertOutputs, Refusal>>;
@@ -53,7 +55,7 @@ fn run(expert: ExpertId, x: f32) -> f32 {
     x.mul_add(1.5 + expert.0 as f32, 0.25)
 }
 
-fn right_answer(request: &DispatchRequest) -> ExpertOutputs {
+pub(super) fn right_answer(request: &DispatchRequest) -> ExpertOutputs {
     let mut rows = Vec::new();
     for part in &request.experts {
         for &row in &part.rows {
@@ -67,10 +69,9 @@ fn right_answer(request: &DispatchRequest) -> ExpertOutputs {
 }
 
 fn wrong_answer(request: &DispatchRequest, random: &mut Random) -> Result<ExpertOutputs, Refusal> {
-    use RefusalReason::{Corrupt, DeadlineExceeded, Internal, NotHeld, Unavailable};
     let refusal = |random: &mut Random| {
-        let reasons = [Corrupt, DeadlineExceeded, Internal, NotHeld, Unavailable];
-        Refusal::new(reasons[random.below(5) as usize], "mad")
+        let reasons = RefusalReason::ALL;
+        Refusal::new(reasons[random.below(reasons.len() as u64) as usize], "mad")
     };
     let mut answer = right_answer(request);
     match random.below(6) {
@@ -117,6 +118,7 @@ async fn node(mut calls: mpsc::Receiver<(DispatchRequest, Answer)>, mood: watch:
                 continue;
             }
             Mood::Dead => Err(Refusal::new(RefusalReason::Unavailable, "dead")),
+            Mood::Rejecting => Err(Refusal::new(RefusalReason::WrongModel, "another model")),
             Mood::Mad if random.one_in(2) => wrong_answer(&request, &mut random),
             Mood::Well | Mood::Slow | Mood::Mad => Ok(right_answer(&request)),
         };
@@ -138,7 +140,8 @@ pub(super) fn experts(topology: Arc<Topology>) -> RemoteExperts {
         tokens: Arc::new(ExpertCounts::new(&spec())),
         turns: Arc::new(ExpertCounts::new(&spec())),
         usual: Arc::default(),
-        hedges: Arc::default(),
+        hedges: Arc::new(Budget::of_hedges()),
+        retries: Arc::new(Budget::of_retries()),
         metrics: metrics().0,
     }
 }
@@ -165,17 +168,21 @@ impl Nodes {
         nodes
     }
 
-    /// A topology in which expert `e` is on the nodes that `on` says.
-    fn topology(&self, epoch: u64, on: impl Fn(u32) -> Vec<usize>) -> Topology {
+    /// A placement in which expert `e` is on the nodes that `on` says.
+    fn placement(&self, epoch: u64, on: impl Fn(u32) -> Vec<usize>) -> Placement {
         let experts = (0..EXPERTS).map(|e| on(e).into_iter().map(|node| self.ids[node].clone()).collect()).collect();
         let layer = LayerPlacement { experts };
-        let placement = Placement { epoch: Epoch(epoch), layers: vec![layer.clone(), layer] };
-        Topology::over(placement, self.ids.iter().cloned().zip(self.connections.iter().cloned()))
+        Placement { epoch: Epoch(epoch), layers: vec![layer.clone(), layer] }
+    }
+
+    /// A topology by [`Nodes::placement`].
+    fn topology(&self, epoch: u64, on: impl Fn(u32) -> Vec<usize>) -> Topology {
+        Topology::over(self.placement(epoch, on), self.ids.iter().cloned().zip(self.connections.iter().cloned()))
     }
 }
 
 /// Runs a layer of a few tokens and checks every bit of what comes back. Returns how long it took.
-async fn layer(experts: &RemoteExperts, random: &mut Random) -> Duration {
+pub(super) async fn layer(experts: &RemoteExperts, random: &mut Random) -> Duration {
     let tokens = if random.one_in(4) { 40 + random.below(40) } else { 1 + random.below(4) } as usize;
     let hidden: Vec<f32> = (0..tokens * WIDTH).map(|_| random.below(1000) as f32 * 0.37).collect();
     let mut routing = Routing { top_k: 2, experts: Vec::new(), weights: Vec::new() };
@@ -186,7 +193,7 @@ async fn layer(experts: &RemoteExperts, random: &mut Random) -> Duration {
         routing.weights.extend([0.625, 0.375]);
     }
     let began = Instant::now();
-    let got = experts.forward(LayerId(1), &hidden, &routing).await.unwrap();
+    let got = experts.forward(LayerId(1), &hidden, &routing, None).await.unwrap();
     let slots = routing.experts.iter().enumerate();
     let rows: Vec<f32> =
         slots.flat_map(|(slot, expert)| hidden[slot / 2 * WIDTH..][..WIDTH].iter().map(|x| run(*expert, *x))).collect();
@@ -205,8 +212,8 @@ async fn whatever_nodes_do_no_layer_is_lost_and_no_bit_is_wrong_while_one_replic
         for step in 0..12 {
             for sick in [1, 2, 4] {
                 if random.one_in(3) {
-                    let moods = [Mood::Well, Mood::Slow, Mood::Hung, Mood::Dead, Mood::Mad];
-                    nodes.moods[sick].send_replace(moods[random.below(5) as usize]);
+                    let moods = [Mood::Well, Mood::Slow, Mood::Hung, Mood::Dead, Mood::Mad, Mood::Rejecting];
+                    nodes.moods[sick].send_replace(moods[random.below(6) as usize]);
                 }
             }
             let took = layer(&experts, &mut random).await;
@@ -292,4 +299,69 @@ async fn a_cluster_that_is_slow_as_a_whole_is_not_asked_twice_for_all() {
     }
     let asked = turns(&experts) - before;
     assert!(asked < parts as u64 * 5 / 4, "{parts} parts were asked for {asked} times");
+}
+
+/// Asks for one token's experts 0 and 1 by `until`.
+async fn ask(experts: &RemoteExperts, until: Option<Instant>) -> Result<Vec<f32>, ExpertsError> {
+    let routing = Routing { top_k: 2, experts: vec![ExpertId(0), ExpertId(1)], weights: vec![0.5; 2] };
+    experts.forward(LayerId(1), &[1.0; WIDTH], &routing, until.map(Instant::into_std)).await
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_every_replica_rejects_fails_at_once_and_what_one_rejects_does_not() {
+    let nodes = Nodes::start(3, &mut Random(3));
+    let experts = experts(Arc::new(nodes.topology(1, |_| vec![0, 1, 2])));
+    nodes.moods[0].send_replace(Mood::Rejecting);
+    nodes.moods[1].send_replace(Mood::Rejecting);
+    for _ in 0..20 {
+        ask(&experts, None).await.unwrap();
+    }
+    nodes.moods[2].send_replace(Mood::Rejecting);
+    let began = Instant::now();
+    assert_eq!(ask(&experts, None).await, Err(ExpertsError::Internal("another model".into())));
+    assert!(began.elapsed() < Duration::from_secs(1), "{:?}", began.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_layer_is_waited_for_until_nobody_waits_for_it_any_more_and_nodes_are_told() {
+    let nodes = Nodes::start(1, &mut Random(4));
+    let (calls, mut queue) = mpsc::channel(64);
+    let id = nodes.ids[0].clone();
+    let connection = Arc::new(Connection::over(id.clone(), metrics().0.hop(&id), calls));
+    let placement = nodes.placement(1, |_| vec![0]);
+    let experts = experts(Arc::new(Topology::over(placement, [(id, connection)].into_iter())));
+    for (budget, expected) in
+        [(Some(300 * MS), 300 * MS), (Some(2 * experts.timeout), experts.timeout), (None, experts.timeout)]
+    {
+        let began = Instant::now();
+        let (result, told) =
+            tokio::join!(ask(&experts, budget.map(|budget| began + budget)), async { queue.recv().await.unwrap() });
+        let seconds = expected.as_secs_f64();
+        let Err(ExpertsError::Unavailable(text)) = result else { panic!("{result:?}") };
+        assert!(text.contains(&format!("did not answer within {seconds} s")), "{text}");
+        assert!((expected..expected + 10 * MS).contains(&began.elapsed()), "{budget:?}: {:?}", began.elapsed());
+        assert_eq!(told.0.deadline, Some(expected), "the node may drop it by then");
+        while queue.try_recv().is_ok() {}
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_sick_cluster_is_not_asked_again_and_again_for_all() {
+    let mut random = Random(5);
+    let nodes = Nodes::start(3, &mut random);
+    let experts = experts(Arc::new(nodes.topology(1, |_| vec![0, 1, 2])));
+    for mood in &nodes.moods {
+        mood.send_replace(Mood::Dead);
+    }
+    let turns = |experts: &RemoteExperts| experts.turns.totals().iter().flatten().sum::<u64>();
+    let mut asked = Vec::new();
+    for _ in 0..300 {
+        let before = turns(&experts);
+        ask(&experts, Some(Instant::now() + 4 * MS)).await.unwrap_err();
+        asked.push(turns(&experts) - before);
+    }
+    // Of two experts each, all of which fail: what is saved up is soon spent, and then one call in five is repeated.
+    let (first, last): (u64, u64) = (asked[..10].iter().sum(), asked[200..].iter().sum());
+    assert!(first > 10 * 3, "{first} in ten layers");
+    assert!(last < 100 * 2 * 3 / 2, "{last} in a hundred layers");
 }

@@ -18,7 +18,7 @@ use sirocco_model::{
     Constraint, ConstraintError, Experts, ExpertsError, KvCache, Logits, Model, SequenceChunk, StepOutput, Tokenizer,
 };
 use sirocco_proto::inference::{Event, Trace};
-use sirocco_types::SamplingParams;
+use sirocco_types::{LayerId, SamplingParams};
 use tokio::runtime::Runtime;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio_util::task::TaskTracker;
@@ -68,6 +68,8 @@ pub(crate) struct Request {
     pub(crate) constraint: Option<Constraint>,
     pub(crate) trace: Trace,
     pub(crate) arrived: Instant,
+    /// When nobody waits for it any more.
+    pub(crate) until: Instant,
     pub(crate) events: mpsc::Sender<Result<Event, GenerateError>>,
 }
 
@@ -282,6 +284,7 @@ impl<E: Experts> EngineThread<E> {
                 start: chunk.start,
                 tokens: &self.scheduler.tokens(chunk.id)[chunk.start..chunk.start + chunk.len],
                 logits: if chunk.samples { Logits::Last } else { Logits::None },
+                until: self.sequences.get(&chunk.id).map(|sequence| sequence.request.until),
             })
             .collect();
         let (first, second) = batch.split_at(overlap::cut(&step.chunks, self.model.spec(), self.overlap_rows));
@@ -289,6 +292,12 @@ impl<E: Experts> EngineThread<E> {
         let forward = self.model.forward(batches, &mut self.kv, &self.experts);
         match self.runtime.block_on(forward) {
             Ok(output) => {
+                for (chunk, layer) in step.chunks.iter().zip(&output.overflows) {
+                    if let Some(layer) = layer {
+                        // Before its blocks could be used by others.
+                        self.fail(chunk.id, GenerateError::Internal(overflow(*layer)));
+                    }
+                }
                 self.scheduler.finish(step);
                 let (times, sampling) = (output.times, Instant::now());
                 self.commit(&step.chunks, output);
@@ -312,15 +321,15 @@ impl<E: Experts> EngineThread<E> {
         let mut logits = output.logits.into_iter();
         let mut row = 0;
         for chunk in chunks {
-            let sequence = self.sequences.get_mut(&chunk.id).expect("nothing was removed during the step");
-            if sequence.request.trace.routing {
-                sequence.note_routing(&output.routing, row, chunk);
-            }
+            let start = row;
             row += chunk.len;
-            if !chunk.samples {
-                continue;
+            let logits = if chunk.samples { logits.next() } else { None };
+            // What overflowed has failed.
+            let Some(sequence) = self.sequences.get_mut(&chunk.id) else { continue };
+            if sequence.request.trace.routing {
+                sequence.note_routing(&output.routing, start, chunk);
             }
-            let logits = logits.next().expect("one for each chunk that samples");
+            let Some(logits) = logits else { continue };
             let eos = &self.model.spec().eos_token_ids;
             match sequence.advance(logits, &self.tokenizer, eos, &self.metrics) {
                 Ok(Some(token)) => self.scheduler.grew(chunk.id, token),
@@ -329,6 +338,12 @@ impl<E: Experts> EngineThread<E> {
             }
         }
     }
+}
+
+/// Why a sequence failed that came to NaN or infinity in `layer`. An expert may have answered so: weights can overflow on any node,
+/// so that its node is not to blame and no other is asked.
+fn overflow(layer: LayerId) -> String {
+    format!("the activations of layer {layer} are not finite")
 }
 
 /// Sends without waiting: the channel has room for all a request can ever send, and a client that has gone is noticed

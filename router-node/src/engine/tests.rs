@@ -1,5 +1,6 @@
 use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use serde_json::Value;
 use sirocco_compute::Pool;
@@ -92,7 +93,8 @@ impl Asked {
         let (events, stream) = mpsc::channel(sampling.max_tokens as usize + 2);
         let flow = Flow { client: ClientId(client), ..Flow::default() };
         let (id, arrived) = (String::new(), Instant::now());
-        (Request { id, flow, prompt, generated, sampling, constraint: None, trace, arrived, events }, stream)
+        let until = arrived + Duration::from_hours(1);
+        (Request { id, flow, prompt, generated, sampling, constraint: None, trace, arrived, until, events }, stream)
     }
 }
 
@@ -289,4 +291,69 @@ fn a_prompt_may_fill_a_context_of_32k_tokens() {
     again.assert_same(&first, "from the cache");
     let full_blocks = CONTEXT - KvCache::BLOCK_TOKENS;
     assert_eq!(again.finished.usage.cached_tokens as usize, full_blocks);
+}
+
+/// A copy of the bundled model in which the embedding of `token` is infinite.
+fn overflowing_model(token: usize) -> tempfile::TempDir {
+    let (from, folder) = (path("models/demo"), tempfile::tempdir().unwrap());
+    let mut patched = false;
+    for entry in std::fs::read_dir(from).unwrap().map(Result::unwrap) {
+        let to = folder.path().join(entry.file_name());
+        if entry.path().extension().is_none_or(|extension| extension != "safetensors") {
+            std::fs::copy(entry.path(), to).unwrap();
+            continue;
+        }
+        let mut bytes = std::fs::read(entry.path()).unwrap();
+        let data = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+        let header: Value = serde_json::from_slice(&bytes[8..data]).unwrap();
+        if let Some(embedding) = header.get("model.embed_tokens.weight") {
+            let start = embedding["data_offsets"][0].as_u64().unwrap() as usize;
+            let width = embedding["shape"][1].as_u64().unwrap() as usize;
+            let row = &mut bytes[data + start + token * width * 2..][..width * 2];
+            row.as_chunks_mut::<2>().0.fill(0x7f80_u16.to_le_bytes());
+            patched = true;
+        }
+        std::fs::write(to, bytes).unwrap();
+    }
+    assert!(patched);
+    folder
+}
+
+#[test]
+fn a_request_that_overflows_fails_alone_and_names_its_layer() {
+    const TOKEN: u32 = 3071;
+    let model = overflowing_model(TOKEN as usize);
+    let goldens: Vec<Vec<u32>> =
+        goldens().into_iter().map(|(prompt, _)| prompt).filter(|prompt| !prompt.contains(&TOKEN)).take(4).collect();
+    let alone: Vec<Answer> = goldens
+        .iter()
+        .map(|prompt| Setup::with(model.path(), LIMITS).run(vec![Asked::greedy(prompt.clone())]).swap_remove(0))
+        .collect();
+    for step_tokens in [16, 512] {
+        // Few blocks, so that those of the failed are used again.
+        let setup = Setup::with(model.path(), EngineLimits { step_tokens, kv_blocks: 24, ..LIMITS });
+        let mut counts = setup.engine().counts.clone();
+        let sick = |prompt: &[u32]| [prompt, &[TOKEN; 40]].concat();
+        for round in 0..3 {
+            let (request, mut stream) = Asked::greedy(sick(&[])).request();
+            setup.engine().submit(vec![request]).unwrap();
+            setup.runtime.block_on(stream.recv()).unwrap().unwrap_err();
+            let rests = |counts: &Counts| counts.running == 0 && counts.blocks_held == 0;
+            let cached = setup.runtime.block_on(counts.wait_for(rests)).unwrap().blocks_cached;
+            assert!(cached == 0 || round > 0, "{cached} of its blocks are kept for others");
+
+            let asked = goldens.iter().flat_map(|prompt| [sick(prompt), prompt.clone()]);
+            let (requests, streams): (Vec<_>, Vec<_>) = asked.map(|prompt| Asked::greedy(prompt).request()).unzip();
+            setup.engine().submit(requests).unwrap();
+            for (index, mut stream) in streams.into_iter().enumerate() {
+                if index % 2 == 0 {
+                    let error = setup.runtime.block_on(stream.recv()).unwrap().unwrap_err();
+                    assert_eq!(error, GenerateError::Internal("the activations of layer 0 are not finite".into()));
+                } else {
+                    let answer = setup.runtime.block_on(Answer::of(stream));
+                    answer.assert_same(&alone[index / 2], &format!("{step_tokens} tokens a step, round {round}"));
+                }
+            }
+        }
+    }
 }

@@ -78,7 +78,13 @@ impl OneProcess {
             .iter()
             .zip(starts)
             .zip(self.blocks.chunks(share))
-            .map(|((tokens, &start), blocks)| SequenceChunk { blocks, start, tokens, logits: Logits::Last })
+            .map(|((tokens, &start), blocks)| SequenceChunk {
+                blocks,
+                start,
+                tokens,
+                logits: Logits::Last,
+                until: None,
+            })
             .collect();
         Ok(block_on(self.model.forward(&[&chunks], &mut self.kv, &self.experts))?)
     }

@@ -34,6 +34,12 @@ impl EtcdCluster {
         Ok(Self { members: ports.into_iter().enumerate().map(member).collect::<Result<_>>()? })
     }
 
+    /// Starts those that do not run again, and waits until all are healthy.
+    pub fn restart(&mut self) -> Result<()> {
+        self.members.iter_mut().filter(|member| member.child.is_none()).try_for_each(Etcd::spawn)?;
+        self.members.iter_mut().try_for_each(Etcd::wait_until_healthy)
+    }
+
     /// None is healthy before most of them run.
     fn run(&mut self) -> Result<()> {
         self.members.iter_mut().try_for_each(Etcd::spawn)?;

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod callers;
+mod chaos;
 mod clients;
 mod commands;
 mod control;

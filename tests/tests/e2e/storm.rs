@@ -14,10 +14,11 @@ use sirocco_proto::tonic::{Code, Request};
 use sirocco_proto::wire::inference as wire;
 use sirocco_testkit::cluster::Node;
 use sirocco_testkit::etcd::Etcd;
+use sirocco_testkit::random::Random;
 use sirocco_testkit::wait_for;
 use tokio::task::JoinSet;
 
-use crate::openai::client::{Answer, post, send};
+use crate::openai::client::{Answer, metric, post, send};
 use crate::openai::start;
 use crate::support::{Golden, generate, goldens, greedy};
 
@@ -29,19 +30,6 @@ const AT_ONCE: usize = 24;
 const SLACK_BYTES: u64 = 16 << 20;
 
 const COMPLETIONS: &str = "/v1/completions";
-
-/// Random numbers that anybody can repeat. Source: SplitMix64, Steele, Lea and Flood, OOPSLA 2014.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (z ^ (z >> 31)) % limit
-    }
-}
 
 /// Where requests go, and what is right.
 struct Target {
@@ -183,7 +171,7 @@ async fn storm(target: &Arc<Target>, seed: u64, numbers: std::ops::Range<u64>) {
             tasks.join_next().await.unwrap().unwrap();
         }
         let target = Arc::clone(target);
-        let mut random = Random(seed ^ number << 20);
+        let mut random = Random::new(seed ^ number << 20);
         if random.below(3) == 0 {
             tasks.spawn(async move { target.wrong_grpc(&mut random).await });
             continue;
@@ -199,13 +187,6 @@ async fn storm(target: &Arc<Target>, seed: u64, numbers: std::ops::Range<u64>) {
     while let Some(result) = tasks.join_next().await {
         result.unwrap();
     }
-}
-
-/// The value of `metric`, as its name and labels stand on the page.
-fn metric(http: &str, metric: &str) -> f64 {
-    let page = Answer::of(send(http, "GET", "/metrics", "", b"")).text();
-    let value = page.lines().find_map(|line| line.strip_prefix(metric)?.strip_prefix(' '));
-    value.unwrap_or_else(|| panic!("{metric} is missing:\n{page}")).parse().unwrap()
 }
 
 /// Waits until the router is idle, without a block held, and returns its memory in bytes.

@@ -133,7 +133,8 @@ impl Local {
         let mut tokens = prompt.to_vec();
         let (mut start, mut traced) = (0, Traced::default());
         for _ in 0..max_tokens {
-            let chunk = SequenceChunk { blocks: &blocks, start, tokens: &tokens[start..], logits: Logits::Last };
+            let chunk =
+                SequenceChunk { blocks: &blocks, start, tokens: &tokens[start..], logits: Logits::Last, until: None };
             let step = block_on(self.model.forward(&[&[chunk]], &mut kv, &self.experts)).unwrap();
             let logits = &step.logits[0];
             let best = (0..logits.len()).fold(0, |best, id| if logits[id] > logits[best] { id } else { best });

@@ -6,30 +6,30 @@ use serde_json::{Value, json};
 
 /// Something measured, over what it is compared with.
 #[derive(Clone, Debug)]
-pub(super) struct Figure {
+pub(crate) struct Figure {
     /// What was measured.
-    pub(super) name: String,
+    pub(crate) name: String,
     /// None when it should have been measured and was not.
-    pub(super) measured: Option<Measured>,
+    pub(crate) measured: Option<Measured>,
     /// None when it is only shown.
-    pub(super) bar: Option<Bar>,
+    pub(crate) bar: Option<Bar>,
 }
 
 /// A value and its floor, from one run.
 #[derive(Clone, Debug)]
-pub(super) struct Measured {
-    pub(super) value: f64,
+pub(crate) struct Measured {
+    pub(crate) value: f64,
     /// What the machine can do, or a peer does; 1 for what has a limit of its own.
-    pub(super) floor: f64,
+    pub(crate) floor: f64,
     /// Of both.
-    pub(super) unit: String,
+    pub(crate) unit: String,
     /// What else there is to say about it.
-    pub(super) note: String,
+    pub(crate) note: String,
 }
 
 /// What a ratio must reach.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Bar {
+pub(crate) struct Bar {
     at: f64,
     /// What is wished for.
     stretch: Option<f64>,
@@ -39,17 +39,17 @@ pub(super) struct Bar {
 
 impl Bar {
     /// At least `at` times the floor.
-    pub(super) const fn above(at: f64) -> Self {
+    pub(crate) const fn above(at: f64) -> Self {
         Self { at, stretch: None, below: false }
     }
 
     /// At most `at` times the floor.
-    pub(super) const fn below(at: f64) -> Self {
+    pub(crate) const fn below(at: f64) -> Self {
         Self { at, stretch: None, below: true }
     }
 
     /// The same, with a wish.
-    pub(super) const fn stretch(self, stretch: f64) -> Self {
+    pub(crate) const fn stretch(self, stretch: f64) -> Self {
         Self { stretch: Some(stretch), ..self }
     }
 
@@ -65,7 +65,7 @@ impl Figure {
     }
 
     /// Whether there is a bar and it was not reached, or nothing was measured.
-    pub(super) fn missed(&self) -> bool {
+    pub(crate) fn missed(&self) -> bool {
         let Some(bar) = self.bar else { return false };
         !self.ratio().is_some_and(|ratio| bar.reached(ratio, bar.at))
     }
@@ -84,7 +84,7 @@ impl Figure {
 }
 
 /// One line for each figure.
-pub(super) fn table(figures: &[Figure]) -> String {
+pub(crate) fn table(figures: &[Figure]) -> String {
     let head = ["", "measured", "floor", "unit", "ratio", "bar", "stretch", "", ""].map(str::to_owned);
     let rows: Vec<[String; 9]> = std::iter::once(head).chain(figures.iter().map(row)).collect();
     let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
@@ -136,7 +136,7 @@ fn number(value: f64) -> String {
 }
 
 /// A list of objects; what is not there is null.
-pub(super) fn json(figures: &[Figure]) -> Value {
+pub(crate) fn json(figures: &[Figure]) -> Value {
     let object = |figure: &Figure| {
         let measured = figure.measured.as_ref();
         json!({

@@ -2,10 +2,10 @@
 
 mod bars;
 mod control;
-mod figures;
+pub(crate) mod figures;
 mod gpu;
 mod model;
-mod parts;
+pub(crate) mod parts;
 mod plan;
 mod serve;
 

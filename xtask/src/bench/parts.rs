@@ -79,7 +79,7 @@ fn example(package: &str, name: &str) -> Result<Lines> {
 }
 
 /// A release build; what it prints goes to standard error.
-pub(super) fn build(targets: &[&str]) -> Result<()> {
+pub(crate) fn build(targets: &[&str]) -> Result<()> {
     let mut build = crate::cargo(&["build", "--locked", "--release"])?;
     build.args(targets).stdout(Stdio::from(stderr().as_fd().try_clone_to_owned()?));
     let status = build.status().context("start cargo")?;

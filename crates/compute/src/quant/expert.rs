@@ -13,8 +13,17 @@ use crate::packed::PANEL;
 /// Rows whose sums a task keeps in its core's cache.
 const ROWS: usize = 96;
 
-/// Groups of a panel that stay in the first-level cache while all rows pass over them.
-const GROUPS: usize = 12;
+/// Streams that are read side by side: a processor that notices streams and reads ahead in each does so further with several.
+const STREAMS: usize = 4;
+
+/// Panels of a stream at most: where one stream ends and another begins, memory has nothing to do for a while.
+const LENGTH: usize = 8;
+
+/// Rows whose sums for all streams fit beside the weights in the first-level cache. With more rows, reading is the smaller part.
+const FEW: usize = 16;
+
+/// Groups, of all streams together, that stay in the first-level cache while all rows pass over them.
+const GROUPS: usize = 24;
 
 /// The quantised weights of one expert.
 #[derive(Debug)]
@@ -58,13 +67,13 @@ impl QuantExpert {
         let gated = self.gated(kernel, &x, pool);
         let mut out = vec![0.0; x.shape.rows * hidden]; // [rows, hidden]
         let target = Disjoint::new(&mut out);
-        each_panel(pool, hidden.div_ceil(PANEL), x.shape.rows * self.down.inputs * hidden, |panel| {
-            each_row(kernel, &gated, &self.down, [panel], |row, [sums]| {
-                let start = panel * PANEL;
-                let columns = PANEL.min(hidden - start);
-                // SAFETY: each panel is one task and writes only its own columns.
+        multiply(kernel, &gated, &self.down, 1, pool, |first_row, panel, sums| {
+            let start = panel * PANEL;
+            let columns = PANEL.min(hidden - start);
+            for (row, sums) in (first_row..).zip(sums) {
+                // SAFETY: the sums of a row and panel come once.
                 unsafe { target.slice(row * hidden + start, columns) }.copy_from_slice(&sums.0[..columns]);
-            });
+            }
         });
         out
     }
@@ -76,59 +85,90 @@ impl QuantExpert {
         let mut gated = QuantRows::zeros(x.shape.rows, inter);
         let QuantRows { shape, data } = &mut gated;
         let data = Disjoint::new(data);
-        each_panel(pool, inter.div_ceil(PANEL), 2 * shape.rows * self.gate_up.inputs * inter, |panel| {
-            each_row(kernel, x, &self.gate_up, [2 * panel, 2 * panel + 1], |row, [gate, up]| {
-                let columns = PANEL.min(inter - panel * PANEL);
+        multiply(kernel, x, &self.gate_up, 2, pool, |first_row, panel, sums| {
+            let (gate, up) = sums.split_at_mut(sums.len() / 2);
+            let group = panel / 2;
+            let columns = PANEL.min(inter - group * PANEL);
+            for (row, (gate, up)) in (first_row..).zip(gate.iter_mut().zip(up)) {
                 silu_times(gate, up);
-                // SAFETY: each panel is one task and writes only its own group.
-                let place = unsafe { data.slice(shape.index(row, panel), 1) };
+                // SAFETY: the sums of a row and panel come once.
+                let place = unsafe { data.slice(shape.index(row, group), 1) };
                 place[0] = quantise(&gate.0[..columns], offset);
-            });
+            }
         });
         gated
     }
 }
 
-/// Runs `task` for every panel, several neighbours on one thread: so many that their weights are one long read, so few that
-/// all threads end together. `work` as for [`Pool::for_each`].
-fn each_panel(pool: &Pool, panels: usize, work: usize, task: impl Fn(usize) + Sync) {
-    let count = (panels / (8 * pool.threads())).max(1);
-    pool.for_each(panels.div_ceil(count), work, |index| {
-        (index * count..panels.min((index + 1) * count)).for_each(&task);
-    });
-}
-
-/// Multiplies all rows of `x` with some panels of `w` and hands every row's sums to `done`.
-fn each_row<const N: usize>(
+/// Multiplies `x` with `w` and passes the sums on, `unit` panels and a tile of rows at a time: `done(first row, first panel,
+/// sums)` with `[unit, rows of the tile]`. Sums may be changed.
+fn multiply(
     kernel: Kernel,
     x: &QuantRows,
     w: &QuantPanels,
-    panels: [usize; N],
-    done: impl Fn(usize, [&mut Row; N]),
+    unit: usize,
+    pool: &Pool,
+    done: impl Fn(usize, usize, &mut [Row]) + Sync,
 ) {
-    let Shape { rows: all, groups } = x.shape;
-    assert_eq!(w.groups(), groups, "shapes fit");
-    let (width, lines) = (w.width, w.width.lines());
-    let panels = panels.map(|panel| w.panel(panel));
-    // One tile reads the weights once, one panel after the other as they lie.
-    let at_once = if all <= TILE { groups } else { GROUPS };
-    for first in (0..all).step_by(ROWS) {
-        let rows = ROWS.min(all - first);
-        let mut sums: [Vec<Row>; N] = std::array::from_fn(|_| vec![Row::ZERO; rows]);
-        for start in (0..groups).step_by(at_once) {
-            let end = groups.min(start + at_once);
-            for tile in (0..rows).step_by(TILE) {
-                let tile_rows = TILE.min(rows - tile);
-                let x = &x.tile(first + tile)[start * tile_rows..end * tile_rows];
-                for ((quants, scales), sums) in panels.iter().zip(&mut sums) {
-                    let (quants, scales) = (&quants[start * lines..end * lines], &scales[start..end]);
-                    let block = Block { x, width, quants, scales, first: tile == 0 };
-                    kernel(block, &mut sums[tile..][..tile_rows]);
-                }
+    let (panels, rows) = (w.count(), x.shape.rows);
+    let streams = if rows <= FEW { STREAMS.min(panels / pool.threads()) / unit * unit } else { 0 }.max(unit);
+    // With one tile nothing is read twice, so streams may be long. The last tasks are the smallest, so that all threads end at
+    // about the same time.
+    let longest = if rows <= TILE { streams * LENGTH } else { streams };
+    let most = (panels / (4 * pool.threads()) / streams * streams).clamp(streams, longest);
+    let large = panels * 3 / 4 / most;
+    let tasks = large + (panels - large * most).div_ceil(streams);
+    pool.for_each(tasks, rows * w.inputs * panels * PANEL, |task| {
+        let first = task.min(large) * most + task.saturating_sub(large) * streams;
+        let count = if task < large { most } else { streams.min(panels - first) };
+        let task = Task { kernel, x, w, first, count, streams: streams.min(count) };
+        for first_row in (0..rows).step_by(ROWS) {
+            let mut sums = vec![Row::ZERO; ROWS.min(rows - first_row) * count];
+            task.add(first_row, &mut sums);
+            let tiles = (first_row..).step_by(TILE).zip(sums.chunks_mut(TILE * count));
+            for (first_row, sums) in tiles {
+                let units = (first..).step_by(unit).zip(sums.chunks_exact_mut(sums.len() / count * unit));
+                units.for_each(|(panel, sums)| done(first_row, panel, sums));
             }
         }
-        for row in 0..rows {
-            done(first + row, sums.each_mut().map(|sums| &mut sums[row]));
+    });
+}
+
+/// The panels of a task: streams of as many panels each.
+struct Task<'a> {
+    kernel: Kernel,
+    x: &'a QuantRows,
+    w: &'a QuantPanels,
+    first: usize,
+    count: usize,
+    streams: usize,
+}
+
+impl Task<'_> {
+    /// Adds to `sums`, `[tiles, panels, rows of the tile]`, the products of rows from `first_row` on, which starts a tile.
+    fn add(&self, first_row: usize, sums: &mut [Row]) {
+        let Shape { rows: all, groups } = self.x.shape;
+        assert_eq!(self.w.groups(), groups, "shapes fit");
+        let (width, lines) = (self.w.width, self.w.width.lines());
+        let length = self.count / self.streams;
+        let at_once = if all <= TILE { groups } else { GROUPS / self.streams };
+        for start in (0..groups).step_by(at_once) {
+            let end = groups.min(start + at_once);
+            // Where a panel of a stream ends, the next one begins, and has been fetched.
+            for step in 0..length {
+                let mut panels = [&[][..]; STREAMS];
+                for (stream, panel) in panels[..self.streams].iter_mut().enumerate() {
+                    *panel = &self.w.panel(self.first + stream * length + step)[start * lines..end * lines];
+                }
+                let tiles = (first_row..).step_by(TILE).zip(sums.chunks_mut(TILE * self.count));
+                for (tile, sums) in tiles {
+                    let rows = sums.len() / self.count;
+                    let x = &self.x.tile(tile)[start * rows..end * rows];
+                    let (stride, first) = (length * rows, tile == first_row);
+                    let block = Block { x, width, panels: &panels[..self.streams], stride, first };
+                    (self.kernel)(block, &mut sums[step * rows..]);
+                }
+            }
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The multiplication of quantised rows with one panel of a quantised matrix.
+//! The multiplication of quantised rows with some panels of a quantised matrix.
 
 use super::GROUP;
 use super::matrix::{Line, QuantWidth, scale, weight};
@@ -6,21 +6,21 @@ use super::rows::Group;
 use crate::Isa;
 use crate::matmul::Row;
 
-/// What a kernel multiplies: a tile of rows with the outputs of one panel, over some of the groups.
+/// What a kernel multiplies: a tile of rows with the outputs of some panels, over some of the groups.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Block<'a> {
     /// `[groups, rows of the tile]`
     pub(super) x: &'a [Group],
     pub(super) width: QuantWidth,
-    /// `[groups, width.lines()]`
-    pub(super) quants: &'a [Line],
-    /// `[groups]`
-    pub(super) scales: &'a [Line],
+    /// Of each panel `[groups, width.lines()]`. They are read side by side: memory is faster with several streams.
+    pub(super) panels: &'a [&'a [Line]],
+    /// Sums from one panel's to the next one's.
+    pub(super) stride: usize,
     /// Whether no tile before this one has read the weights, so that they come from memory.
     pub(super) first: bool,
 }
 
-/// Carries the sums of a block, `[rows of the tile, PANEL]`, on over its groups.
+/// Carries the sums of a block, `[panels, rows of the tile]`, on over its groups.
 pub(super) type Kernel = fn(Block, &mut [Row]);
 
 /// The fastest kernel for an instruction set that this machine has. One below the best here stands for an older machine, so
@@ -36,13 +36,15 @@ pub(super) fn kernel(isa: Isa) -> Kernel {
 
 /// One group at a time, in whatever vectors the compiler makes of it.
 pub(super) fn scalar(block: Block, sums: &mut [Row]) {
-    let Block { x, width, quants, scales, first: _ } = block;
-    let groups = quants.chunks_exact(width.lines()).zip(scales);
-    for (x, (lines, scales)) in x.chunks_exact(sums.len()).zip(groups) {
-        for (x, sums) in x.iter().zip(&mut *sums) {
-            for (lane, sum) in sums.0.iter_mut().enumerate() {
-                let dot: i32 = (0..GROUP).map(|k| i32::from(x.quants[k]) * weight(width, lines, lane, k)).sum();
-                *sum = (dot as f32).mul_add(scale(scales, lane) * x.scale, *sum);
+    let Block { x, width, panels, stride, first: _ } = block;
+    for (panel, sums) in panels.iter().zip(sums.chunks_mut(stride)) {
+        let groups = panel.len() / width.lines();
+        for (x, lines) in x.chunks_exact(x.len() / groups).zip(panel.chunks_exact(width.lines())) {
+            for (x, sums) in x.iter().zip(&mut *sums) {
+                for (lane, sum) in sums.0.iter_mut().enumerate() {
+                    let dot: i32 = (0..GROUP).map(|k| i32::from(x.quants[k]) * weight(width, lines, lane, k)).sum();
+                    *sum = (dot as f32).mul_add(scale(width, lines, lane) * x.scale, *sum);
+                }
             }
         }
     }

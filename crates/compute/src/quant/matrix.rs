@@ -3,7 +3,8 @@
 //! A panel is 32 outputs. For each group of 32 inputs it holds quads: four consecutive inputs of each output in one 32-bit lane,
 //! 32 lanes to a quad, as instructions that multiply and add four bytes at a time want them. Weights are stored unsigned, with
 //! [`QuantWidth::offset`] added. A byte of 8 bits is one weight; with 4 bits the lower half belongs to quad `q` of the group and
-//! the upper half to quad `q + 4`. The last panel and the last group are padded with scales of zero.
+//! the upper half to quad `q + 4`. Its scales follow, so that a panel is one stream. The last panel and the last group are padded
+//! with scales of zero.
 //!
 //! Scales are bf16, rounded away from zero so that no quant exceeds its range: they have the range of the weights, and cost half
 //! of f32's bytes. Word `i` of a group's scales has output `i` in its lower half and output `i + 16` in its upper half.
@@ -40,12 +41,17 @@ impl QuantWidth {
         }
     }
 
-    /// Lines that a group of a panel takes.
-    pub(super) fn lines(self) -> usize {
+    /// Lines that the quants of a group of a panel take; one of scales follows them.
+    pub(super) const fn quant_lines(self) -> usize {
         match self {
             Self::Int8 => 16,
             Self::Int4 => 8,
         }
+    }
+
+    /// Lines that a group of a panel takes.
+    pub(super) const fn lines(self) -> usize {
+        self.quant_lines() + 1
     }
 }
 
@@ -54,14 +60,14 @@ impl QuantWidth {
 pub(super) struct QuantPanels {
     pub(super) width: QuantWidth,
     pub(super) inputs: usize,
-    /// For each panel, its quants, `[groups, width.lines()]`, then its scales, `[groups]`.
+    /// `[panels, groups, width.lines()]`: the quants of a group, then its scales.
     lines: Pages,
 }
 
 impl QuantPanels {
     /// `count` panels of zeros.
     pub(super) fn zeroed(width: QuantWidth, count: usize, inputs: usize) -> Self {
-        let lines = count * inputs.div_ceil(GROUP) * (width.lines() + 1);
+        let lines = count * inputs.div_ceil(GROUP) * width.lines();
         Self { width, inputs, lines: Pages::zeroed(lines * LANES) }
     }
 
@@ -70,22 +76,27 @@ impl QuantPanels {
         size_of_val(&*self.lines)
     }
 
+    pub(super) fn count(&self) -> usize {
+        self.lines.len() / (self.groups() * self.width.lines() * LANES)
+    }
+
     pub(super) fn groups(&self) -> usize {
         self.inputs.div_ceil(GROUP)
     }
 
-    /// The quants and the scales of one panel: `[groups, width.lines()]` and `[groups]`.
-    pub(super) fn panel(&self, index: usize) -> (&[Line], &[Line]) {
-        let (quants, scales) = (self.groups() * self.width.lines(), self.groups());
-        self.lines.as_chunks().0[index * (quants + scales)..][..quants + scales].split_at(quants)
+    /// One panel, `[groups, width.lines()]`.
+    pub(super) fn panel(&self, index: usize) -> &[Line] {
+        let len = self.groups() * self.width.lines();
+        &self.lines.as_chunks().0[index * len..][..len]
     }
 
     /// Fills panel `index` with up to [`PANEL`] rows of little-endian bf16. What it pads has scales of zero.
     pub(super) fn fill(&mut self, index: usize, rows: &[u8]) {
-        let (groups, lines) = (self.groups(), self.width.lines());
-        let panel = &mut self.lines.as_chunks_mut::<LANES>().0[index * groups * (lines + 1)..][..groups * (lines + 1)];
-        let (quants, scales) = panel.split_at_mut(groups * lines);
-        for (group, (quants, scales)) in quants.chunks_exact_mut(lines).zip(scales).enumerate() {
+        let len = self.groups() * self.width.lines();
+        let panel = &mut self.lines.as_chunks_mut::<LANES>().0[index * len..][..len];
+        for (group, lines) in panel.chunks_exact_mut(self.width.lines()).enumerate() {
+            let (quants, scales) = lines.split_at_mut(self.width.quant_lines());
+            let scales = &mut scales[0];
             for (lane, row) in rows.chunks_exact(self.inputs * 2).enumerate() {
                 let values = &row[group * GROUP * 2..];
                 let (scale, weights) = quantise(self.width, &values[..values.len().min(GROUP * 2)]);
@@ -103,9 +114,9 @@ impl QuantPanels {
     }
 }
 
-/// The scale of one output of a panel.
-pub(super) fn scale(scales: &Line, lane: usize) -> f32 {
-    let word = scales[lane % LANES];
+/// The scale of one output and a group's lines.
+pub(super) fn scale(width: QuantWidth, lines: &[Line], lane: usize) -> f32 {
+    let word = lines[width.quant_lines()][lane % LANES];
     f32::from_bits(if lane < LANES { word << 16 } else { word & 0xffff_0000 })
 }
 
@@ -165,11 +176,10 @@ fn group(width: QuantWidth, values: &[u8]) -> (u16, [u8; GROUP]) {
 impl QuantPanels {
     /// One output of a panel: each weight's integer and its scale.
     pub(super) fn quants_and_scales(&self, panel: usize, lane: usize) -> impl Iterator<Item = (i32, f32)> + '_ {
-        let (quants, scales) = self.panel(panel);
+        let panel = self.panel(panel);
         (0..self.inputs).map(move |input| {
-            let group = input / GROUP;
-            let lines = &quants[group * self.width.lines()..][..self.width.lines()];
-            (weight(self.width, lines, lane, input % GROUP), scale(&scales[group], lane))
+            let lines = &panel[input / GROUP * self.width.lines()..][..self.width.lines()];
+            (weight(self.width, lines, lane, input % GROUP), scale(self.width, lines, lane))
         })
     }
 }

@@ -133,6 +133,21 @@ fn every_instruction_set_here_has_a_kernel_and_the_portable_one_is_scalar() {
 }
 
 #[test]
+fn a_few_rows_are_read_in_long_streams_and_have_the_oracles_bits() {
+    let (hidden, inter) = (70, 1250);
+    for width in [QuantWidth::Int8, QuantWidth::Int4] {
+        let expert = expert(5, width, hidden, inter);
+        for rows in [1, 8] {
+            let x = noise(9, rows * hidden);
+            let expected = bits(&oracle(&expert, &x));
+            for (kernel, threads) in kernels().into_iter().flat_map(|kernel| [(kernel, 1), (kernel, 2)]) {
+                assert_eq!(bits(&expert.forward_by(kernel, &x, &Pool::new(threads).unwrap())), expected);
+            }
+        }
+    }
+}
+
+#[test]
 fn hundreds_of_rows_on_any_number_of_threads_are_each_what_they_are_alone() {
     let (hidden, inter) = (300, 450);
     for width in [QuantWidth::Int8, QuantWidth::Int4] {

@@ -54,16 +54,22 @@ pub(super) fn kernels() -> Vec<Kernel> {
 macro_rules! kernel {
     ($name:ident, $function:ident, $most:literal: $($rows:literal)*) => {
         fn $name(block: Block, sums: &mut [Row]) {
-            let (groups, rows) = (block.scales.len(), sums.len());
-            assert!(block.x.len() == groups * rows && block.quants.len() == groups * block.width.lines());
+            let groups = block.panels[0].len() / block.width.lines();
+            let all = block.x.len() / groups;
+            assert!(block.x.len() == all * groups && all <= block.stride, "shapes fit");
+            assert!(sums.len() >= (block.panels.len() - 1) * block.stride + all, "shapes fit");
+            assert!(block.panels.iter().all(|panel| panel.len() == groups * block.width.lines()), "shapes fit");
             let most = if block.width == QuantWidth::Int8 { $most } else { TILE };
-            for (index, sums) in sums.chunks_mut(most).enumerate() {
-                let rows = Rows { first: index * most, all: rows };
+            for first in (0..all).step_by(most) {
+                let rows = Rows { first, all, groups };
+                let fetch = block.first && first == 0;
                 // SAFETY: `kernel` hands this out only where its instructions are present; the lengths were just checked.
                 unsafe {
-                    match (block.width, sums.len()) {
-                        $((QuantWidth::Int8, $rows) => $function::<$rows, false>(block, rows, sums),)*
-                        $((QuantWidth::Int4, $rows) => $function::<$rows, true>(block, rows, sums),)*
+                    match (block.width, most.min(all - first)) {
+                        $((QuantWidth::Int8, $rows) if fetch => $function::<$rows, false, true>(block, rows, sums),)*
+                        $((QuantWidth::Int4, $rows) if fetch => $function::<$rows, true, true>(block, rows, sums),)*
+                        $((QuantWidth::Int8, $rows) => $function::<$rows, false, false>(block, rows, sums),)*
+                        $((QuantWidth::Int4, $rows) => $function::<$rows, true, false>(block, rows, sums),)*
                         (_, more) => unreachable!("{more} rows of a tile that has {TILE}"),
                     }
                 }
@@ -76,19 +82,19 @@ kernel!(by_avx512_vnni, zmm, 8: 1 2 3 4 5 6 7 8);
 kernel!(by_avx_vnni, ymm_vnni, 8: 1 2 3 4 5 6 7 8);
 kernel!(by_avx2, ymm, 4: 1 2 3 4 5 6 7 8);
 
-/// Lines that are fetched ahead of those being read: what the processor fetches by itself ends with a page.
-const AHEAD: usize = 64;
+/// Lines that are fetched ahead of those being read, of all panels together.
+const AHEAD: usize = 48;
 
-/// Starts to fetch what lies ahead of one group's lines and scales. They may lie beyond the block: in what is read next.
+/// Starts to fetch a line. It need not be valid: what lies beyond a block is read next, or nothing.
 #[inline]
-fn fetch_ahead<const INT4: bool>(w: *const Line, scales: &Line) {
-    let lines = if INT4 { 8 } else { 16 };
-    for line in 0..lines {
-        // SAFETY: every x86-64 processor has the instruction, and it does nothing where there is no memory.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(AHEAD + line).cast()) };
-    }
-    // SAFETY: as above.
-    unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(scales).wrapping_add(AHEAD / lines).cast()) };
+fn fetch(line: *const Line) {
+    // SAFETY: every x86-64 processor has the instruction, and it does nothing where there is no memory.
+    unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) };
+}
+
+/// Lines of a group.
+const fn lines(int4: bool) -> usize {
+    if int4 { QuantWidth::Int4.lines() } else { QuantWidth::Int8.lines() }
 }
 
 /// Some of a tile's rows.
@@ -97,6 +103,8 @@ struct Rows {
     first: usize,
     /// Rows of the tile.
     all: usize,
+    /// Groups of each row.
+    groups: usize,
 }
 
 /// Four bytes of activations.
@@ -108,64 +116,71 @@ unsafe fn quad(x: &Group, index: usize) -> i32 {
     unsafe { x.quants.as_ptr().cast::<i32>().add(index).read_unaligned() }
 }
 
-/// SAFETY: needs AVX-512 F, BW and VNNI, `R` sums, `R` such rows, and for each of the block's scales the tile's
-/// groups of `x` and a group's lines.
+/// SAFETY: needs AVX-512 F, BW and VNNI; `block` and `sums` must have the tile's rows, `R` from the first of `rows` on.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-unsafe fn zmm<const R: usize, const INT4: bool>(block: Block, rows: Rows, sums: &mut [Row]) {
-    let lines = if INT4 { 8 } else { 16 };
+unsafe fn zmm<const R: usize, const INT4: bool, const FETCH: bool>(block: Block, rows: Rows, sums: &mut [Row]) {
     let (half, upper) = (_mm512_set1_epi8(0xf), _mm512_set1_epi32(0xffff_0000_u32.cast_signed()));
-    for (group, scales) in block.scales.iter().enumerate() {
-        // SAFETY: there are the tile's groups of `x` and `lines` lines for each of the scales.
-        let (x, w) = unsafe {
-            let x = &*block.x.as_ptr().add(group * rows.all + rows.first).cast::<[Group; R]>();
-            (x, block.quants.as_ptr().add(group * lines))
-        };
-        if block.first {
-            fetch_ahead::<INT4>(w, scales);
-        }
-        let w = w.cast::<__m512i>();
-        let mut dots = [[_mm512_setzero_si512(); 2]; R];
-        for r in 0..R {
-            dots[r] = [_mm512_set1_epi32(x[r].start); 2];
-        }
-        for index in 0..lines / 2 {
-            // SAFETY: `index` is below half the lines.
-            let w = unsafe { [_mm512_loadu_si512(w.add(2 * index)), _mm512_loadu_si512(w.add(2 * index + 1))] };
-            if INT4 {
-                let low = [_mm512_and_si512(w[0], half), _mm512_and_si512(w[1], half)];
-                let high = [
-                    _mm512_and_si512(_mm512_srli_epi16::<4>(w[0]), half),
-                    _mm512_and_si512(_mm512_srli_epi16::<4>(w[1]), half),
-                ];
-                for r in 0..R {
-                    // SAFETY: both quads are of the eight.
-                    let (x_low, x_high) = unsafe { (quad(&x[r], index), quad(&x[r], index + QUADS / 2)) };
-                    for v in 0..2 {
-                        dots[r][v] = _mm512_dpbusd_epi32(dots[r][v], low[v], _mm512_set1_epi32(x_low));
-                        dots[r][v] = _mm512_dpbusd_epi32(dots[r][v], high[v], _mm512_set1_epi32(x_high));
-                    }
+    let ahead = AHEAD / block.panels.len();
+    for group in 0..rows.groups {
+        // SAFETY: there are the tile's rows of each group.
+        let x = unsafe { &*block.x.as_ptr().add(group * rows.all + rows.first).cast::<[Group; R]>() };
+        for (panel, lines_of) in block.panels.iter().enumerate() {
+            // SAFETY: there are `lines` lines for each group of a panel.
+            let w = unsafe { lines_of.as_ptr().add(group * lines(INT4)) };
+            let next = w.wrapping_add(ahead);
+            let w = w.cast::<__m512i>();
+            let mut dots = [[_mm512_setzero_si512(); 2]; R];
+            for r in 0..R {
+                dots[r] = [_mm512_set1_epi32(x[r].start); 2];
+            }
+            for index in 0..lines(INT4) / 2 {
+                if FETCH {
+                    fetch(next.wrapping_add(2 * index));
+                    fetch(next.wrapping_add(2 * index + 1));
                 }
-            } else {
-                for r in 0..R {
-                    // SAFETY: the index is that of a quad.
-                    let x = _mm512_set1_epi32(unsafe { quad(&x[r], index) });
-                    for v in 0..2 {
-                        dots[r][v] = _mm512_dpbusd_epi32(dots[r][v], w[v], x);
+                // SAFETY: `index` is below half the lines.
+                let w = unsafe { [_mm512_loadu_si512(w.add(2 * index)), _mm512_loadu_si512(w.add(2 * index + 1))] };
+                if INT4 {
+                    let low = [_mm512_and_si512(w[0], half), _mm512_and_si512(w[1], half)];
+                    let high = [
+                        _mm512_and_si512(_mm512_srli_epi16::<4>(w[0]), half),
+                        _mm512_and_si512(_mm512_srli_epi16::<4>(w[1]), half),
+                    ];
+                    for r in 0..R {
+                        // SAFETY: both quads are of the eight.
+                        let (x_low, x_high) = unsafe { (quad(&x[r], index), quad(&x[r], index + QUADS / 2)) };
+                        for v in 0..2 {
+                            dots[r][v] = _mm512_dpbusd_epi32(dots[r][v], low[v], _mm512_set1_epi32(x_low));
+                            dots[r][v] = _mm512_dpbusd_epi32(dots[r][v], high[v], _mm512_set1_epi32(x_high));
+                        }
+                    }
+                } else {
+                    for r in 0..R {
+                        // SAFETY: the index is that of a quad.
+                        let x = _mm512_set1_epi32(unsafe { quad(&x[r], index) });
+                        for v in 0..2 {
+                            dots[r][v] = _mm512_dpbusd_epi32(dots[r][v], w[v], x);
+                        }
                     }
                 }
             }
-        }
-        // SAFETY: a line is as long as a vector, and aligned as one.
-        let words = unsafe { _mm512_loadu_si512(scales.as_ptr().cast()) };
-        let scales = [_mm512_slli_epi32::<16>(words), _mm512_and_si512(words, upper)];
-        for r in 0..R {
-            let x_scale = _mm512_set1_ps(x[r].scale);
-            for v in 0..2 {
-                // SAFETY: there are `R` sums, each with room for two vectors.
-                unsafe {
-                    let sum = sums.as_mut_ptr().add(r).cast::<f32>().add(LANES * v);
-                    let scale = _mm512_mul_ps(_mm512_castsi512_ps(scales[v]), x_scale);
-                    _mm512_storeu_ps(sum, _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[r][v]), scale, _mm512_loadu_ps(sum)));
+            if FETCH {
+                fetch(next.wrapping_add(lines(INT4) - 1));
+            }
+            // SAFETY: the last line of a group is one of scales; a line is as long as a vector, and aligned as one.
+            let words = unsafe { _mm512_loadu_si512(w.add(lines(INT4) - 1)) };
+            let scales = [_mm512_slli_epi32::<16>(words), _mm512_and_si512(words, upper)];
+            for r in 0..R {
+                let x_scale = _mm512_set1_ps(x[r].scale);
+                for v in 0..2 {
+                    // SAFETY: each panel has a sum for each row of the tile, with room for two vectors.
+                    unsafe {
+                        let sum = sums.as_mut_ptr().add(panel * block.stride + rows.first + r);
+                        let sum = sum.cast::<f32>().add(LANES * v);
+                        let scale = _mm512_mul_ps(_mm512_castsi512_ps(scales[v]), x_scale);
+                        let dots = _mm512_cvtepi32_ps(dots[r][v]);
+                        _mm512_storeu_ps(sum, _mm512_fmadd_ps(dots, scale, _mm512_loadu_ps(sum)));
+                    }
                 }
             }
         }
@@ -175,36 +190,41 @@ unsafe fn zmm<const R: usize, const INT4: bool>(block: Block, rows: Rows, sums: 
 /// Defines a kernel for vectors of 8 outputs, whose groups `$dots` sums.
 macro_rules! ymm {
     ($name:ident, $features:literal, $dots:ident) => {
-        /// SAFETY: needs the instructions, `R` sums, `R` such rows, and for each of the block's scales the tile's
-        /// groups of `x` and a group's lines.
+        /// SAFETY: needs the instructions; `block` and `sums` must have the tile's rows, `R` from the first of `rows` on.
         #[target_feature(enable = $features)]
-        unsafe fn $name<const R: usize, const INT4: bool>(block: Block, rows: Rows, sums: &mut [Row]) {
-            let lines = if INT4 { 8 } else { 16 };
+        unsafe fn $name<const R: usize, const INT4: bool, const FETCH: bool>(
+            block: Block,
+            rows: Rows,
+            sums: &mut [Row],
+        ) {
             let upper = _mm256_set1_epi32(0xffff_0000_u32.cast_signed());
-            for (group, scales) in block.scales.iter().enumerate() {
-                // SAFETY: there are the tile's groups of `x` and `lines` lines for each of the scales.
-                let (x, w) = unsafe {
-                    let x = &*block.x.as_ptr().add(group * rows.all + rows.first).cast::<[Group; R]>();
-                    (x, block.quants.as_ptr().add(group * lines))
-                };
-                if block.first && rows.first == 0 {
-                    fetch_ahead::<INT4>(w, scales);
-                }
-                let w = w.cast::<__m256i>();
-                for v in 0..VECTORS {
-                    // SAFETY: a quad of the panel has `VECTORS` vectors, a line of scales two.
-                    let (dots, words) = unsafe {
-                        let words = scales.as_ptr().cast::<__m256i>().add(v % 2);
-                        ($dots::<R, INT4>(w.add(v), x), _mm256_loadu_si256(words))
-                    };
-                    let words = if v < 2 { _mm256_slli_epi32::<16>(words) } else { _mm256_and_si256(words, upper) };
-                    for r in 0..R {
-                        let scale = _mm256_mul_ps(_mm256_castsi256_ps(words), _mm256_set1_ps(x[r].scale));
-                        // SAFETY: there are `R` sums, each with room for `VECTORS` vectors.
-                        unsafe {
-                            let sum = sums.as_mut_ptr().add(r).cast::<f32>().add(8 * v);
-                            let dots = _mm256_cvtepi32_ps(dots[r]);
-                            _mm256_storeu_ps(sum, _mm256_fmadd_ps(dots, scale, _mm256_loadu_ps(sum)));
+            let ahead = AHEAD / block.panels.len();
+            for group in 0..rows.groups {
+                // SAFETY: there are the tile's rows of each group.
+                let x = unsafe { &*block.x.as_ptr().add(group * rows.all + rows.first).cast::<[Group; R]>() };
+                for (panel, lines_of) in block.panels.iter().enumerate() {
+                    // SAFETY: there are `lines` lines for each group of a panel.
+                    let w = unsafe { lines_of.as_ptr().add(group * lines(INT4)) };
+                    if FETCH {
+                        (0..lines(INT4)).for_each(|line| fetch(w.wrapping_add(ahead + line)));
+                    }
+                    let w = w.cast::<__m256i>();
+                    for v in 0..VECTORS {
+                        // SAFETY: a quad of the panel has `VECTORS` vectors, the line of scales, a group's last, two.
+                        let (dots, words) = unsafe {
+                            let words = w.add((lines(INT4) - 1) * 2 + v % 2);
+                            ($dots::<R, INT4>(w.add(v), x), _mm256_loadu_si256(words))
+                        };
+                        let words = if v < 2 { _mm256_slli_epi32::<16>(words) } else { _mm256_and_si256(words, upper) };
+                        for r in 0..R {
+                            let scale = _mm256_mul_ps(_mm256_castsi256_ps(words), _mm256_set1_ps(x[r].scale));
+                            // SAFETY: each panel has a sum for each row of the tile, with room for `VECTORS` vectors.
+                            unsafe {
+                                let sum = sums.as_mut_ptr().add(panel * block.stride + rows.first + r);
+                                let sum = sum.cast::<f32>().add(8 * v);
+                                let dots = _mm256_cvtepi32_ps(dots[r]);
+                                _mm256_storeu_ps(sum, _mm256_fmadd_ps(dots, scale, _mm256_loadu_ps(sum)));
+                            }
                         }
                     }
                 }

@@ -6,11 +6,11 @@ use std::sync::Arc;
 use serde::de::DeserializeOwned;
 use sirocco_types::{
     Cordon, Epoch, EpochAbout, EpochRef, ExpertHoldings, LayerId, LayerLoad, LayerPlacement, Member, MinReplicas,
-    ModelIdentity, NodeId, NodeLoad, Operation, Placement,
+    ModelIdentity, NodeId, NodeLoad, Operation, Placement, SpecError,
 };
 
 use super::ClusterState;
-use crate::{Keys, Revision, Snapshot, parse};
+use crate::{Keys, Revision, Snapshot, StoreError, parse};
 
 /// One entry: its key without the cluster's prefix, its value, when it was created, and when it was last put (0: unknown).
 type Entry<'a> = (&'a str, &'a str, u64, u64);
@@ -101,7 +101,9 @@ impl Reader {
         match self.placements.get(&epoch) {
             Some((known, placement)) if *known == revisions && !revisions.contains(&0) => Arc::clone(placement),
             _ => {
-                let layers = layers.into_values().map(|(_, layer)| LayerPlacement::clone(&layer)).collect();
+                // Up to the first that is missing.
+                let known = (0..).map(LayerId).zip(layers).take_while(|(place, (layer, _))| place == layer);
+                let layers = known.map(|(_, (_, (_, layer)))| LayerPlacement::clone(&layer)).collect();
                 let placement = Arc::new(Placement { epoch, layers });
                 self.placements.insert(epoch, (revisions, Arc::clone(&placement)));
                 placement
@@ -119,9 +121,18 @@ impl Record {
         fn shared<T: DeserializeOwned>(key: &str, value: &str) -> crate::Result<Arc<T>> {
             Ok(Arc::new(parse(key, value)?))
         }
+        /// Much is sized by these numbers.
+        fn sized(key: &str, model: &ModelIdentity) -> crate::Result<()> {
+            let malformed = |error: SpecError| StoreError::Malformed { key: key.to_owned(), reason: error.to_string() };
+            model.spec.check().map_err(malformed)
+        }
         let path: Vec<&str> = key.split('/').collect();
         Ok(match path.as_slice() {
-            ["members", _, _] => Self::Member(shared(key, value)?),
+            ["members", _, _] => {
+                let member: Arc<Member> = shared(key, value)?;
+                member.model.as_ref().map_or(Ok(()), |model| sized(key, model))?;
+                Self::Member(member)
+            }
             ["holdings", id] => match NodeId::new(id) {
                 Ok(id) => Self::Holdings(id, shared(key, value)?),
                 Err(_) => Self::Other,
@@ -136,7 +147,11 @@ impl Record {
             },
             ["placement", "target"] => Self::Target(parse::<EpochRef>(key, value)?.epoch),
             ["placement", "serving"] => Self::Serving(parse::<EpochRef>(key, value)?.epoch),
-            ["model"] => Self::Model(shared(key, value)?),
+            ["model"] => {
+                let model: Arc<ModelIdentity> = shared(key, value)?;
+                sized(key, &model)?;
+                Self::Model(model)
+            }
             ["election", "coordinator", _] => Self::Candidate(value.into()),
             ["load", "nodes", id] => match NodeId::new(id) {
                 Ok(id) => Self::NodeLoad(id, shared(key, value)?),
@@ -160,6 +175,48 @@ impl Record {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_layer_never_takes_the_place_of_one_that_is_missing() {
+        let layer = |node: &str| format!(r#"{{"experts":[["{node}"]]}}"#);
+        let (first, third) = (layer("a"), layer("c"));
+        let entries = [("placement/epochs/00000001/0000", &first), ("placement/epochs/00000001/0002", &third)];
+        let state = Reader::default().read(entries.iter().map(|(key, value)| (*key, value.as_str(), 1, 1)));
+        assert_eq!(state.epochs[&Epoch(1)].layers.len(), 1);
+    }
+
+    #[test]
+    fn numbers_that_nothing_should_be_sized_by_are_not_read() {
+        let spec = |layers: u64, experts: u64| {
+            format!(
+                r#"{{"name":"m","fingerprint":"{}","spec":{{"model_type":"mixtral","hidden_size":2,"intermediate_size":2,
+                "num_hidden_layers":{layers},"num_local_experts":{experts},"num_experts_per_tok":1,"num_attention_heads":1,
+                "num_key_value_heads":1,"head_dim":2,"vocab_size":8,"max_position_embeddings":8,"sliding_window":null,
+                "rms_norm_eps":1e-5,"rope_theta":1e4,"tie_word_embeddings":false,"bos_token_id":null,"eos_token_ids":[],
+                "dtype":"bf16"}}}}"#,
+                "07".repeat(32)
+            )
+        };
+        let member = |model: &str| {
+            format!(
+                r#"{{"id":"a","role":"expert","state":"ready","grpc":"a:1","http":"a:2","version":"0","incarnation":1,
+                "model":{model}}}"#
+            )
+        };
+        for (layers, experts, problem) in [
+            (1, 4, None),
+            (1 << 40, 4, Some("num_hidden_layers is 1099511627776, must be from 1 to 1024")),
+            (1, 1 << 40, Some("num_local_experts is 1099511627776, must be from 1 to 4096")),
+            (1, 0, Some("num_local_experts is 0")),
+        ] {
+            let model = spec(layers, experts);
+            let entries = [("model", model.clone()), ("members/expert/a", member(&model))];
+            let state = Reader::default().read(entries.iter().map(|(key, value)| (*key, value.as_str(), 1, 1)));
+            assert_eq!((state.model.is_some(), state.members.len() == 1), (problem.is_none(), problem.is_none()));
+            let said = state.unreadable.values().all(|said| problem.is_some_and(|problem| said.contains(problem)));
+            assert!(said && state.unreadable.len() == if problem.is_some() { 2 } else { 0 }, "{:?}", state.unreadable);
+        }
+    }
 
     #[test]
     fn only_what_was_put_again_is_parsed_again() {

@@ -8,10 +8,10 @@ mod measure;
 mod members;
 mod nodes;
 mod operations;
-mod operator;
+pub(crate) mod operator;
 mod skew;
 mod store;
-mod succession;
+pub(crate) mod succession;
 
 use std::time::Duration;
 
@@ -19,14 +19,14 @@ use sirocco_testkit::cluster::{Cluster, Setup};
 use sirocco_testkit::{PATIENCE, repository};
 
 /// Time between two looks at a cluster.
-const POLL: Duration = Duration::from_millis(50);
+pub(crate) const POLL: Duration = Duration::from_millis(50);
 
 /// How many processes of each kind.
 #[derive(Clone, Copy)]
-struct Size {
-    coordinators: usize,
-    routers: usize,
-    experts: usize,
+pub(crate) struct Size {
+    pub(crate) coordinators: usize,
+    pub(crate) routers: usize,
+    pub(crate) experts: usize,
 }
 
 /// A cluster of the bundled model on the etcd at `etcd`, each node with one compute thread.
@@ -45,12 +45,16 @@ fn demo_cluster(etcd: &str, name: &str, size: Size, envs: &[(&str, &str)]) -> Cl
 }
 
 /// Waits, with patience, until `condition` gives something.
-async fn until<T>(what: &str, condition: impl AsyncFnMut() -> Option<T>) -> T {
+pub(crate) async fn until<T>(what: &str, condition: impl AsyncFnMut() -> Option<T>) -> T {
     until_within(PATIENCE, what, condition).await
 }
 
 /// As [`until`], for as long as `patience`.
-async fn until_within<T>(patience: Duration, what: &str, mut condition: impl AsyncFnMut() -> Option<T>) -> T {
+pub(crate) async fn until_within<T>(
+    patience: Duration,
+    what: &str,
+    mut condition: impl AsyncFnMut() -> Option<T>,
+) -> T {
     let wait = async {
         loop {
             if let Some(found) = condition().await {

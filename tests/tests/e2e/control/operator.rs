@@ -16,7 +16,7 @@ use tokio::time::Instant;
 use super::{POLL, until};
 
 /// Who the records say has asked.
-pub(super) const BY: &str = "tester@e2e";
+pub(crate) const BY: &str = "tester@e2e";
 
 /// Longest wait for one coordinator.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -24,32 +24,32 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 type Client = ClusterServiceClient<Channel>;
 
 /// See the module.
-pub(super) struct Operator {
+pub(crate) struct Operator {
     addresses: Vec<String>,
     next: AtomicUsize,
 }
 
 impl Operator {
     /// Asks the coordinators of `cluster`; those that are dead too.
-    pub(super) fn of(cluster: &Cluster) -> Self {
+    pub(crate) fn of(cluster: &Cluster) -> Self {
         Self::of_nodes(&cluster.coordinators)
     }
 
     /// Asks `nodes`.
-    pub(super) fn of_nodes<'a>(nodes: impl IntoIterator<Item = &'a Node>) -> Self {
+    pub(crate) fn of_nodes<'a>(nodes: impl IntoIterator<Item = &'a Node>) -> Self {
         let addresses = nodes.into_iter().map(|node| node.grpc.clone()).collect();
         Self { addresses, next: AtomicUsize::new(0) }
     }
 
     /// Has the cluster do `action`; returns once it is recorded.
-    pub(super) async fn operate(&self, action: Action) -> wire::Operation {
+    pub(crate) async fn operate(&self, action: Action) -> wire::Operation {
         let request = wire::OperateRequest { by: BY.to_owned(), action: Some(action) };
         let response = self.ask(async |mut client: Client| client.operate(request.clone()).await).await;
         response.operation.expect("what was done")
     }
 
     /// As [`Operator::operate`]; returns once it is done. Panics when it fails.
-    pub(super) async fn complete(&self, action: Action) -> wire::Operation {
+    pub(crate) async fn complete(&self, action: Action) -> wire::Operation {
         let id = self.operate(action).await.id;
         let operation = self.ended(id).await;
         assert_eq!(operation.state, "done", "{operation:?}");
@@ -57,7 +57,7 @@ impl Operator {
     }
 
     /// The record of operation `id` when it is over.
-    pub(super) async fn ended(&self, id: u64) -> wire::Operation {
+    pub(crate) async fn ended(&self, id: u64) -> wire::Operation {
         until(&format!("operation {id} to end"), async || {
             self.operations().await.into_iter().find(|operation| operation.id == id && operation.state != "running")
         })
@@ -65,36 +65,36 @@ impl Operator {
     }
 
     /// All operations, newest first.
-    pub(super) async fn operations(&self) -> Vec<wire::Operation> {
+    pub(crate) async fn operations(&self) -> Vec<wire::Operation> {
         let request = wire::ListOperationsRequest { limit: 0 };
         self.ask(async |mut client: Client| client.list_operations(request).await).await.operations
     }
 
-    pub(super) async fn cluster(&self) -> wire::Cluster {
+    pub(crate) async fn cluster(&self) -> wire::Cluster {
         self.ask(async |mut client: Client| client.get_cluster(wire::GetClusterRequest {}).await).await
     }
 
-    pub(super) async fn nodes(&self) -> Vec<wire::Node> {
+    pub(crate) async fn nodes(&self) -> Vec<wire::Node> {
         self.ask(async |mut client: Client| client.list_nodes(wire::ListNodesRequest {}).await).await.nodes
     }
 
-    pub(super) async fn experts(&self) -> Vec<wire::Expert> {
+    pub(crate) async fn experts(&self) -> Vec<wire::Expert> {
         let request = wire::ListExpertsRequest { layer: None };
         self.ask(async |mut client: Client| client.list_experts(request).await).await.experts
     }
 
-    pub(super) async fn load(&self) -> wire::Load {
+    pub(crate) async fn load(&self) -> wire::Load {
         self.ask(async |mut client: Client| client.get_load(wire::GetLoadRequest {}).await).await
     }
 
     /// The placements that are kept, newest first.
-    pub(super) async fn placements(&self) -> Vec<wire::PlacementAbout> {
+    pub(crate) async fn placements(&self) -> Vec<wire::PlacementAbout> {
         let request = wire::ListPlacementsRequest {};
         self.ask(async |mut client: Client| client.list_placements(request).await).await.placements
     }
 
     /// Waits until nothing is under way: what is to be serves, and no operation runs.
-    pub(super) async fn settled(&self) -> wire::Cluster {
+    pub(crate) async fn settled(&self) -> wire::Cluster {
         until("the cluster to settle", async || {
             let cluster = self.cluster().await;
             let running = self.operations().await.iter().any(|operation| operation.state == "running");
@@ -104,7 +104,7 @@ impl Operator {
     }
 
     /// Waits until routers are sent to `node` for an expert of every layer.
-    pub(super) async fn serves(&self, node: &str) {
+    pub(crate) async fn serves(&self, node: &str) {
         until(&format!("{node} to serve"), async || {
             let experts = self.experts().await;
             let layers = experts.iter().map(|expert| expert.layer).max()?;
@@ -142,18 +142,18 @@ fn passes(status: &Status) -> bool {
     matches!(status.code(), Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled) || on_its_way
 }
 
-pub(super) fn cordon(node: &str) -> Action {
+pub(crate) fn cordon(node: &str) -> Action {
     Action::Cordon(wire::NodeAction { node: node.to_owned() })
 }
 
-pub(super) fn uncordon(node: &str) -> Action {
+pub(crate) fn uncordon(node: &str) -> Action {
     Action::Uncordon(wire::NodeAction { node: node.to_owned() })
 }
 
-pub(super) fn drain(node: &str) -> Action {
+pub(crate) fn drain(node: &str) -> Action {
     Action::Drain(wire::NodeAction { node: node.to_owned() })
 }
 
-pub(super) fn min_replicas(replicas: u32) -> Action {
+pub(crate) fn min_replicas(replicas: u32) -> Action {
     Action::SetMinReplicas(wire::SetMinReplicas { replicas, layer: None, expert: None })
 }

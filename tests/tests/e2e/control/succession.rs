@@ -13,9 +13,9 @@ use super::until;
 
 /// The coordinators that were killed and are on their way back, and how long each takeover took.
 #[derive(Default)]
-pub(super) struct Succession {
+pub(crate) struct Succession {
     returning: VecDeque<(usize, Starting)>,
-    pub(super) takeovers: Vec<Duration>,
+    pub(crate) takeovers: Vec<Duration>,
 }
 
 impl Succession {
@@ -24,7 +24,7 @@ impl Succession {
     ///
     /// The first router stands still meanwhile, so that nothing can be over before the leader is dead. Of several operations
     /// that run, it is the latest.
-    pub(super) async fn interrupt(
+    pub(crate) async fn interrupt(
         &mut self,
         cluster: &mut Cluster,
         begin: impl AsyncFnOnce(&mut Cluster, &Operator),
@@ -51,7 +51,7 @@ impl Succession {
     }
 
     /// Kills the leader and begins to start it again.
-    pub(super) async fn kill_leader(&mut self, cluster: &mut Cluster) -> Dead {
+    pub(crate) async fn kill_leader(&mut self, cluster: &mut Cluster) -> Dead {
         // Two must live: the leader and the one to follow it.
         if self.returning.len() + 2 > cluster.coordinators.len() {
             self.bring_back(cluster);
@@ -74,7 +74,7 @@ impl Succession {
     }
 
     /// Waits until all that were killed are back.
-    pub(super) fn complete(&mut self, cluster: &mut Cluster) {
+    pub(crate) fn complete(&mut self, cluster: &mut Cluster) {
         while !self.returning.is_empty() {
             self.bring_back(cluster);
         }
@@ -82,16 +82,16 @@ impl Succession {
 }
 
 /// A leader that was killed.
-pub(super) struct Dead {
-    pub(super) id: String,
-    pub(super) at: Instant,
+pub(crate) struct Dead {
+    pub(crate) id: String,
+    pub(crate) at: Instant,
     /// The newest operation when it was killed.
     newest: u64,
 }
 
 impl Dead {
     /// Waits until another leader has written something, and says how long after the death that was.
-    pub(super) async fn replaced(&self, operator: &Operator) -> Duration {
+    pub(crate) async fn replaced(&self, operator: &Operator) -> Duration {
         until("a new leader to act", async || {
             let operations = operator.operations().await;
             let leads = |operation: &wire::Operation| operation.id > self.newest && operation.kind == "lead";

@@ -97,3 +97,10 @@ impl Answer {
         events.iter().map(|event| serde_json::from_str(event).unwrap()).collect()
     }
 }
+
+/// The value of `metric`, as its name and labels stand on the page.
+pub(crate) fn metric(http: &str, metric: &str) -> f64 {
+    let page = Answer::of(send(http, "GET", "/metrics", "", b"")).text();
+    let value = page.lines().find_map(|line| line.strip_prefix(metric)?.strip_prefix(' '));
+    value.unwrap_or_else(|| panic!("{metric} is missing:\n{page}")).parse().unwrap()
+}
