@@ -16,7 +16,7 @@ use super::error::DeviceError;
 use super::expert::{CudaExpert, CudaPacker, Staging};
 use super::gpu::{Gpu, Kernel, Memory, Pinned, Stream};
 use super::kernels::{KernelSettings, Kernels, grid_y};
-use super::layout::{BLOCK, Layout, Matrix};
+use super::layout::{Layout, Matrix, row_bytes, write_row};
 use super::nvml::Nvml;
 use super::plan::{Piece, Work, items, waves};
 use crate::backend::{Batch, ExpertBackend, GpuReadings};
@@ -144,7 +144,7 @@ struct Lane {
     stream: Stream,
     /// On the host: items of few rows, items of many rows, then for each slot its row, `[slots]` u32.
     work: Pinned,
-    /// On the host: `[rows, hidden]` bf16, padded to whole blocks.
+    /// On the host: `[rows, row_bytes(hidden)]`.
     rows: Pinned,
     /// On the host: `[slots, hidden]` f32.
     output: Pinned,
@@ -152,7 +152,7 @@ struct Lane {
     device_work: Memory,
     device_rows: Memory,
     device_output: Memory,
-    /// On the device: `[slots, inter]` bf16, padded to whole blocks.
+    /// On the device: `[slots, row_bytes(inter)]`.
     gated: Memory,
     /// What is under way.
     pieces: Vec<Piece>,
@@ -163,8 +163,8 @@ struct Lane {
 impl Lane {
     /// Bytes of `work`, `rows`, `output`, and `gated`.
     fn sizes(layout: Layout) -> [usize; 4] {
-        let padded = |width: usize| SLOTS * width.next_multiple_of(BLOCK) * 2;
-        [SLOTS * (ITEM + 4), padded(layout.hidden), SLOTS * layout.hidden * 4, padded(layout.inter)]
+        let (hidden, inter) = (row_bytes(layout.hidden), row_bytes(layout.inter));
+        [SLOTS * (ITEM + 4), SLOTS * hidden, SLOTS * layout.hidden * 4, SLOTS * inter]
     }
 
     fn device_bytes(layout: Layout) -> usize {
@@ -205,7 +205,7 @@ impl Lane {
         // SAFETY: the buffers are written by this function alone, which is called when nothing is under way.
         unsafe {
             self.stream.copy_in(&self.device_work, 0, &self.work, row_of + slots * 4)?;
-            self.stream.copy_in(&self.device_rows, 0, &self.rows, rows * layout.hidden.next_multiple_of(BLOCK) * 2)?;
+            self.stream.copy_in(&self.device_rows, 0, &self.rows, rows * row_bytes(layout.hidden))?;
         }
         Ok(Prepared { few: few.len(), many: many.len(), row_of, slots })
     }
@@ -250,7 +250,7 @@ impl Lane {
     /// Writes the wave's hidden states to `rows`, each once, and to `work`, from byte `start` on, which of them each slot has. How
     /// many slots and rows there are.
     fn write_rows(&mut self, layout: Layout, batch: &Batch, wave: &[Piece], start: usize) -> (usize, usize) {
-        let row_bytes = layout.hidden.next_multiple_of(BLOCK) * 2;
+        let row_bytes = row_bytes(layout.hidden);
         let mut places: HashMap<usize, u32> = HashMap::new();
         let mut slots = 0;
         for piece in wave {
@@ -260,10 +260,7 @@ impl Lane {
                 if place == next {
                     self.row.clear();
                     (batch.append)(row, &mut self.row);
-                    let to = &mut self.rows[place as usize * row_bytes..][..layout.hidden * 2];
-                    for (to, &value) in to.as_chunks_mut::<2>().0.iter_mut().zip(&self.row) {
-                        *to = bf16(value).to_le_bytes();
-                    }
+                    write_row(&self.row, &mut self.rows[place as usize * row_bytes..][..row_bytes]);
                 }
                 self.work[start + slots * 4..][..4].copy_from_slice(&place.to_le_bytes());
                 slots += 1;
@@ -340,31 +337,13 @@ impl Call {
     }
 }
 
-/// The bits of the bf16 nearest to `value`, ties to even.
-pub(super) fn bf16(value: f32) -> u16 {
-    let bits = value.to_bits();
-    if value.is_nan() { 0x7fc0 } else { (bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16) as u16 }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn bf16_is_the_nearest_ties_to_even() {
-        for value in [0.0, -0.0, 1.0, -1.0, 3.4e38, f32::MAX, f32::INFINITY, f32::NEG_INFINITY, 1e-40, 0.1, -7.77] {
-            assert_eq!(bf16(value), half::bf16::from_f32(value).to_bits(), "{value}");
-        }
-        for bits in (0..=u32::MAX).step_by(65_521) {
-            let value = f32::from_bits(bits);
-            let (got, want) = (half::bf16::from_bits(bf16(value)), half::bf16::from_f32(value));
-            assert!(got.to_bits() == want.to_bits() || got.is_nan() && want.is_nan(), "{bits:08x}");
-        }
-    }
-
-    #[test]
     fn the_workspace_is_what_its_parts_take() {
         let layout = Layout { dtype: ExpertDtype::Bf16, hidden: 4096, inter: 14_336 };
-        assert_eq!(Lane::device_bytes(layout), 4096 * (28 + 4096 * 2 + 4096 * 4 + 14_336 * 2));
+        assert_eq!(Lane::device_bytes(layout), 4096 * (28 + 4096 * 4 + 4096 * 4 + 14_336 * 4));
     }
 }

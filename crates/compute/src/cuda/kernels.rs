@@ -25,7 +25,7 @@ const THREADS: u32 = 256;
 pub(super) const MANY_TILES: usize = 8;
 /// Rows that it has in shared memory.
 const MANY_ROWS: usize = super::plan::MANY_ROWS;
-const STAGES: usize = 3;
+const STAGES: usize = 2;
 
 /// Where kernels come from.
 #[derive(Clone, Debug, Default)]
@@ -69,7 +69,7 @@ impl Kernels {
 /// Shared memory of the kernels for many rows, bytes: of each stage the weights and scales of its tiles, and its rows.
 pub(super) fn shared_bytes(dtype: ExpertDtype) -> usize {
     let weights = super::layout::tile_block_bytes(dtype);
-    STAGES * (MANY_TILES * weights + MANY_ROWS * super::layout::BLOCK * 2)
+    STAGES * (MANY_TILES * weights + MANY_ROWS * super::layout::row_bytes(super::layout::BLOCK))
 }
 
 /// Blocks of threads that `tiles` of outputs take, for the kernels for few rows (one tile, of the gate both halves) and many.

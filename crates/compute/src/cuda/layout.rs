@@ -20,6 +20,33 @@ pub(super) const TILE: usize = 16;
 /// Inputs of a block, and what the widths of activations are padded to.
 pub(super) const BLOCK: usize = 64;
 
+/// bf16 that an activation is the sum of. A row is, for each block, the first of them and then the second.
+const PARTS: usize = 2;
+
+/// Bytes of a row of so many activations.
+pub(super) fn row_bytes(width: usize) -> usize {
+    width.next_multiple_of(BLOCK) * PARTS * 2
+}
+
+/// Writes a row of activations as kernels read them: `out` is [`row_bytes`] long, and what pads it stays as it is.
+pub(super) fn write_row(values: &[f32], out: &mut [u8]) {
+    for (values, out) in values.chunks(BLOCK).zip(out.chunks_exact_mut(BLOCK * PARTS * 2)) {
+        let (first, second) = out.split_at_mut(BLOCK * 2);
+        let parts = first.as_chunks_mut::<2>().0.iter_mut().zip(second.as_chunks_mut::<2>().0);
+        for (&value, (first, second)) in values.iter().zip(parts) {
+            let nearest = bf16(value);
+            *first = nearest.to_le_bytes();
+            *second = bf16(value - f32::from_bits(u32::from(nearest) << 16)).to_le_bytes();
+        }
+    }
+}
+
+/// The bits of the bf16 nearest to `value`, ties to even.
+fn bf16(value: f32) -> u16 {
+    let bits = value.to_bits();
+    if value.is_nan() { 0x7fc0 } else { (bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16) as u16 }
+}
+
 /// Inputs of a group, which has a scale.
 const GROUP: usize = 32;
 
@@ -173,5 +200,38 @@ fn pack_quantised(width: QuantWidth, output: usize, row: &[u8], out: &mut [u8]) 
         }
         // [groups, 8, 2]: outputs `i` and `i + 8` in one word.
         scales[group * 32 + output % 8 * 4 + output / 8 * 2..][..2].copy_from_slice(&scale.to_le_bytes());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bf16_is_the_nearest_ties_to_even() {
+        for value in [0.0, -0.0, 1.0, -1.0, 3.4e38, f32::MAX, f32::INFINITY, f32::NEG_INFINITY, 1e-40, 0.1, -7.77] {
+            assert_eq!(bf16(value), half::bf16::from_f32(value).to_bits(), "{value}");
+        }
+        for bits in (0..=u32::MAX).step_by(65_521) {
+            let value = f32::from_bits(bits);
+            let (got, want) = (half::bf16::from_bits(bf16(value)), half::bf16::from_f32(value));
+            assert!(got.to_bits() == want.to_bits() || got.is_nan() && want.is_nan(), "{bits:08x}");
+        }
+    }
+
+    #[test]
+    fn a_row_is_nearly_what_it_was() {
+        let values: Vec<f32> = (0..100).map(|i| (i as f32 * 0.7).sin() * 3.0_f32.powi(i % 9)).collect();
+        let mut row = vec![0; row_bytes(100)];
+        write_row(&values, &mut row);
+        let read = |part: usize, i: usize| {
+            let at = (i / BLOCK * PARTS + part) * BLOCK * 2 + i % BLOCK * 2;
+            half::bf16::from_le_bytes([row[at], row[at + 1]]).to_f32()
+        };
+        for (i, &value) in values.iter().enumerate() {
+            let sum = read(0, i) + read(1, i);
+            assert!((sum - value).abs() <= value.abs() * 2.0_f32.powi(-16), "{sum}, not {value}");
+        }
+        assert!((100..128).all(|i| read(0, i) == 0.0 && read(1, i) == 0.0));
     }
 }

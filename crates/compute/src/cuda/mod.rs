@@ -5,8 +5,8 @@
 //! - `layout`: weights as tensor cores take them; `expert` brings them into the GPU's memory.
 //! - `plan` cuts a batch into waves and items, `backend` runs them; `nvml` tells how the GPU fares.
 //!
-//! Activations are rounded to bf16 where they enter an expert and between its two halves; sums are f32. So the bits are not the
-//! CPU's. They are the same on all GPUs of a kind, whatever the rows beside a row, how many, and how they were cut up, because
+//! Activations are sums of two bf16 where they enter an expert and between its two halves, which is nearly f32; sums are f32. The
+//! results are near the CPU's but not its bits. They are the same on all GPUs of a kind, whatever the rows beside a row, how many, and how they were cut up, because
 //! there is one order of summation, which stands at the top of `kernels/ffn.cu`.
 
 mod backend;

@@ -2,6 +2,10 @@
 // one expert's work, and `down` the result. Grids are (items, groups of output tiles); an item is up to 32 (few) or 128 (many)
 // slots of one expert. Layout of weights: crates/compute/src/cuda/layout.rs.
 //
+// Activations are two bf16, the nearest to a value and the nearest to what is left of it, which is nearly f32: with one, greedy
+// completions differ from the checkpoint's. Weights are multiplied with both, in turn. A row is, for each block of 64 inputs,
+// the first parts of them and then the second.
+//
 // One order of summation, whatever the shape of the work: inputs come in blocks of 64, in ascending order, each as four tensor
 // core steps of 16 (`multiply`). The blocks of a row make SEGMENTS runs, run s from block s * blocks / SEGMENTS on. Each run is
 // summed up from zero; the runs' sums are added up in ascending order, from zero. `few` gives each run to a warp of its own,
@@ -13,7 +17,9 @@ constexpr int THREADS = 256; // SEGMENTS warps
 constexpr int FEW_ROWS = 32;
 constexpr int MANY_ROWS = 128;
 constexpr int MANY_TILES = 8; // 128 outputs
-constexpr int STAGES = 3;     // blocks in shared memory: one in use, the others on their way
+constexpr int STAGES = 2;     // blocks in shared memory: one in use, the other on its way
+constexpr int PARTS = 2;      // bf16 of an activation
+constexpr int ROW_CHUNKS = PARTS * 8; // of 16 bytes, in a row's block
 
 enum Format { BF16, INT8, INT4 };
 
@@ -81,18 +87,19 @@ __device__ __forceinline__ Weights decode(uint4 first, uint4 second, u32 scales)
     return w;
 }
 
-// sums += w * x over 32 inputs: one tile of outputs, 8 rows. The integers of a group of 32 are multiplied first, exactly, and then
-// scaled, so that a scale costs no bits.
+// sums += w * x over 32 inputs: one tile of outputs, 8 rows, of which x is this lane's: first and second parts. The integers of a
+// group of 32 are summed up as they are and then scaled, once.
 template <int FORMAT>
-__device__ __forceinline__ void multiply(float (&sums)[4], const Weights& w, uint4 x)
+__device__ __forceinline__ void multiply(float (&sums)[4], const Weights& w, const uint4 (&x)[PARTS])
 {
-    if (FORMAT == BF16) {
-        multiply_add(sums, w.step[0], make_uint2(x.x, x.y));
-        multiply_add(sums, w.step[1], make_uint2(x.z, x.w));
-    } else {
-        float group[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-        multiply_add(group, w.step[0], make_uint2(x.x, x.y));
-        multiply_add(group, w.step[1], make_uint2(x.z, x.w));
+    float group[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    float(&into)[4] = FORMAT == BF16 ? sums : group;
+#pragma unroll
+    for (int p = 0; p < PARTS; ++p) {
+        multiply_add(into, w.step[0], make_uint2(x[p].x, x[p].y));
+        multiply_add(into, w.step[1], make_uint2(x[p].z, x[p].w));
+    }
+    if (FORMAT != BF16) {
         float low = __uint_as_float(w.scales << 16), high = __uint_as_float(w.scales & 0xffff0000u);
         sums[0] = fmaf(group[0], low, sums[0]);
         sums[1] = fmaf(group[1], low, sums[1]);
@@ -101,7 +108,17 @@ __device__ __forceinline__ void multiply(float (&sums)[4], const Weights& w, uin
     }
 }
 
-__device__ __forceinline__ float gated(float gate, float up) { return gate / (1.0f + expf(-gate)) * up; }
+// Writes silu(gate) * up to input `at` of a row of the next matrix.
+__device__ __forceinline__ void write_gated(u16* row, u32 at, float gate, float up)
+{
+    float value = gate / (1.0f + expf(-gate)) * up;
+    u16* to = row + at / 64 * (64 * PARTS) + at % 64;
+    for (int p = 0; p < PARTS; ++p) {
+        u16 part = to_bf16(value);
+        to[64 * p] = part;
+        value -= __uint_as_float((u32)part << 16);
+    }
+}
 
 // Up to FEW_ROWS rows: a block of threads computes one tile of outputs (of `gate_up`, both halves of one), each warp one run
 // of the inputs. Reads weights once, straight into registers.
@@ -137,23 +154,26 @@ __device__ __forceinline__ void few(const u8* weights, Matrix m, const uint4* co
         }
 #pragma unroll
         for (int g = 0; g < 2; ++g) {
-            uint4 rows[ROWS8];
-#pragma unroll
-            for (int r = 0; r < ROWS8; ++r)
-                rows[r] = x[r][8 * block + 4 * g];
+            Weights w[TILES];
 #pragma unroll
             for (int t = 0; t < TILES; ++t) {
-                Weights w;
                 if (FORMAT == BF16)
-                    w = decode<FORMAT>(quants[t][2 * g], quants[t][2 * g + 1], 0);
+                    w[t] = decode<FORMAT>(quants[t][2 * g], quants[t][2 * g + 1], 0);
                 else if (FORMAT == INT8)
-                    w = decode<FORMAT>(quants[t][g], quants[t][g], scale[t][g]);
+                    w[t] = decode<FORMAT>(quants[t][g], quants[t][g], scale[t][g]);
                 else
-                    w = decode<FORMAT>(g == 0 ? quants[t][0] : make_uint4(quants[t][0].z, quants[t][0].w, 0, 0),
-                                       quants[t][0], scale[t][g]);
+                    w[t] = decode<FORMAT>(g == 0 ? quants[t][0] : make_uint4(quants[t][0].z, quants[t][0].w, 0, 0),
+                                          quants[t][0], scale[t][g]);
+            }
 #pragma unroll
-                for (int r = 0; r < ROWS8; ++r)
-                    multiply<FORMAT>(sums[t][r], w, rows[r]);
+            for (int r = 0; r < ROWS8; ++r) {
+                uint4 row[PARTS];
+#pragma unroll
+                for (int p = 0; p < PARTS; ++p)
+                    row[p] = x[r][ROW_CHUNKS * block + 8 * p + 4 * g];
+#pragma unroll
+                for (int t = 0; t < TILES; ++t)
+                    multiply<FORMAT>(sums[t][r], w[t], row);
             }
         }
     }
@@ -177,7 +197,7 @@ __device__ __forceinline__ void few(const Item* items, const u16* x, const u32* 
     for (int r = 0; r < 4; ++r) {
         u32 slot = item.first + min(r * 8 + lane / 4, item.rows - 1);
         u64 row = row_of ? row_of[slot] : slot;
-        rows[r] = (const uint4*)(x + row * m.blocks * 64) + lane % 4;
+        rows[r] = (const uint4*)x + row * m.blocks * ROW_CHUNKS + lane % 4;
     }
     const u8* weights = (const u8*)(GATED ? item.gate_up : item.down);
     const u32 rows8 = item.rows <= 8 ? 1 : item.rows <= 16 ? 2 : 4;
@@ -199,7 +219,7 @@ __device__ __forceinline__ void few(const Item* items, const u16* x, const u32* 
         const u32 at = blockIdx.y * 16 + output;
         const u64 slot = item.first + row;
         if (GATED)
-            ((u16*)out)[slot * out_width + at] = to_bf16(gated(sum[0], sum[TILES - 1]));
+            write_gated((u16*)out + slot * out_width * PARTS, at, sum[0], sum[TILES - 1]);
         else if (at < m.outputs)
             ((float*)out)[slot * out_width + at] = sum[0];
     }
@@ -212,7 +232,7 @@ __device__ __forceinline__ void many(const Item* items, const u16* x, const u32*
 {
     constexpr u32 QUANTS = quant_bytes<FORMAT>() / 16; // of a tile's block, in 16 bytes
     constexpr u32 SCALES = scale_bytes<FORMAT>() / 16;
-    constexpr u32 STAGE = MANY_TILES * (QUANTS + SCALES) + MANY_ROWS * 8;
+    constexpr u32 STAGE = MANY_TILES * (QUANTS + SCALES) + MANY_ROWS * ROW_CHUNKS;
     uint4* const stages = dynamic_shared(); // [STAGES, STAGE]: quants of all tiles, scales of all tiles, rows
     const Item item = items[blockIdx.x];
     const u32 thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
@@ -226,7 +246,7 @@ __device__ __forceinline__ void many(const Item* items, const u16* x, const u32*
     for (int r = 0; r < 4; ++r) {
         u32 slot = item.first + min(thread / 8 + 32 * r, item.rows - 1);
         u64 row = row_of ? row_of[slot] : slot;
-        rows[r] = (const uint4*)(x + row * m.blocks * 64) + thread % 8;
+        rows[r] = (const uint4*)x + row * m.blocks * ROW_CHUNKS + thread % 8;
     }
     auto fetch = [&](u32 block) {
         uint4* stage = stages + block % STAGES * STAGE;
@@ -243,8 +263,8 @@ __device__ __forceinline__ void many(const Item* items, const u16* x, const u32*
         for (int r = 0; r < 4; ++r) {
             u32 row = thread / 8 + 32 * r;
             // Odd rows have their halves exchanged, so that eight lanes, of two rows, read from all banks.
-            if (row < rows_read)
-                copy_async(to + row * 8 + (thread % 8 ^ (row % 2 * 4)), rows[r] + 8 * block);
+            for (int p = 0; p < PARTS && row < rows_read; ++p)
+                copy_async(to + (row * PARTS + p) * 8 + (thread % 8 ^ (row % 2 * 4)), rows[r] + ROW_CHUNKS * block + 8 * p);
         }
     };
 
@@ -273,11 +293,13 @@ __device__ __forceinline__ void many(const Item* items, const u16* x, const u32*
             const uint4* x_stage = stage + MANY_TILES * (QUANTS + SCALES);
 #pragma unroll
             for (int g = 0; g < 2; ++g) {
-                uint4 x8[4];
+                uint4 x8[4][PARTS];
 #pragma unroll
                 for (int r = 0; r < 4; ++r) {
                     u32 row = warp_row + r * 8 + lane / 4;
-                    x8[r] = x_stage[row * 8 + ((g * 4 + lane % 4) ^ (row % 2 * 4))];
+#pragma unroll
+                    for (int p = 0; p < PARTS; ++p)
+                        x8[r][p] = x_stage[(row * PARTS + p) * 8 + ((g * 4 + lane % 4) ^ (row % 2 * 4))];
                 }
 #pragma unroll
                 for (int t = 0; t < 4; ++t) {
@@ -321,7 +343,7 @@ __device__ __forceinline__ void many(const Item* items, const u16* x, const u32*
                 if (tile >= m.tiles || row >= item.rows)
                     continue;
                 if (GATED)
-                    ((u16*)out)[slot * out_width + at] = to_bf16(gated(total[t][r][i], total[(t + 1) % 4][r][i]));
+                    write_gated((u16*)out + slot * out_width * PARTS, at, total[t][r][i], total[(t + 1) % 4][r][i]);
                 else if (at < m.outputs)
                     ((float*)out)[slot * out_width + at] = total[t][r][i];
             }
