@@ -149,12 +149,12 @@ fn a_clock_jumps_in_a_process_that_runs_and_in_no_other() {
     let clock = Clock::new().unwrap();
     let envs = clock.envs().unwrap();
     let envs: Vec<(&str, &str)> = envs.iter().map(|(name, value)| (*name, value.as_str())).collect();
-    let ticks = ["-c", r#"while :; do printf '%(%s)T\n' -1; sleep 0.1; done"#];
+    let ticks = ["-c", r"while :; do printf '%(%s)T\n' -1; sleep 0.1; done"];
     let process = Process::start_at(Path::new("bash"), &ticks, &envs).unwrap();
     for jump in [0, -86_400] {
         clock.jump(jump).unwrap();
         wait_for(&format!("a clock of {jump:+} s"), || {
-            let now = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs() as i64;
+            let now = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs().cast_signed();
             let said = process.stdout().lines().last().map_or(Ok(0), str::parse::<i64>)?;
             Ok((said - now - jump).abs().lt(&60).then_some(()))
         })
