@@ -18,8 +18,11 @@ use crate::backoff::Backoff;
 use crate::election::until_deleted;
 use crate::{Compare, Lease, LeaseId, Op, Result, Store, StoreError, Txn};
 
-/// How much longer than its lease a dead process's key is given to vanish: stores look for expired leases periodically.
-const EXPIRY_GRACE: Duration = Duration::from_secs(2);
+/// How long a dead process's key is given to vanish: its lease's time, which starts anew when etcd changes its own leader, and a
+/// little more, for stores look for expired leases periodically.
+fn patience(ttl: Duration) -> Duration {
+    2 * ttl + Duration::from_secs(2)
+}
 
 /// See the module. Dropping it stops its task; the records then vanish when the lease's time is up.
 #[derive(Debug)]
@@ -33,7 +36,7 @@ impl Registration {
     /// Registers under `claim` with its first value; returns once it is in the store.
     ///
     /// A key left by a killed predecessor is waited for until its lease has ended. Outages are waited out. Errors: `Held`
-    /// when the key stays for longer than `ttl`, so that its process must be alive; `Refused`. Dropping the future may leave
+    /// when the key stays for longer than twice `ttl`, so that its process must be alive; `Refused`. Dropping the future may leave
     /// the record behind until `ttl` has passed.
     pub async fn open(store: Arc<dyn Store>, claim: &str, value: &str, ttl: Duration) -> Result<Self> {
         let wanted = watch::Sender::new(BTreeMap::from([(claim.to_owned(), value.to_owned())]));
@@ -195,7 +198,7 @@ impl Keeper {
                 holder.insert((other, Instant::now())).1
             }
         };
-        let patience = lease.ttl() + EXPIRY_GRACE;
+        let patience = patience(lease.ttl());
         match tokio::time::timeout_at(
             since + patience,
             until_deleted(self.store.as_ref(), &self.claim, listing.revision),
