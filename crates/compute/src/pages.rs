@@ -112,7 +112,9 @@ mod tests {
                     for round in 0..20 {
                         let mut pages: Vec<_> = (1..4).map(|n| Pages::zeroed(HUGE / 16 * n + round)).collect();
                         assert!(pages.iter().all(|pages| pages.iter().all(|&word| word == 0)));
-                        pages.iter_mut().for_each(|pages| pages.fill(thread));
+                        for pages in &mut pages {
+                            pages.fill(thread);
+                        }
                         assert!(pages.iter().all(|pages| pages.iter().all(|&word| word == thread)));
                     }
                 });
