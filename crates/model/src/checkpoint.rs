@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use half::bf16;
 use safetensors::tensor::{Metadata, TensorInfo};
@@ -236,6 +237,30 @@ impl Checkpoint {
         }
         Ok(())
     }
+}
+
+/// Loads each of `items` with `load` on `threads` threads, which share them as they get done; in the same order.
+pub(crate) fn load_each<T: Sync, L: Send>(
+    items: &[T],
+    threads: usize,
+    load: impl Fn(&T) -> Result<L, CheckpointError> + Sync,
+) -> Result<Vec<L>, CheckpointError> {
+    let next = AtomicUsize::new(0);
+    let share = || -> Result<Vec<(usize, L)>, CheckpointError> {
+        let mut loaded = Vec::new();
+        loop {
+            let index = next.fetch_add(1, Ordering::Relaxed);
+            let Some(item) = items.get(index) else { return Ok(loaded) };
+            loaded.push((index, load(item).inspect_err(|_| next.store(items.len(), Ordering::Relaxed))?));
+        }
+    };
+    let shares: Result<Vec<_>, _> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..threads).map(|_| scope.spawn(share)).collect();
+        threads.into_iter().map(|thread| thread.join().expect("a checkpoint is read without a panic")).collect()
+    });
+    let mut loaded: Vec<_> = shares?.into_iter().flatten().collect();
+    loaded.sort_unstable_by_key(|&(index, _)| index);
+    Ok(loaded.into_iter().map(|(_, loaded)| loaded).collect())
 }
 
 /// The name of one weight (`w1`, `w2` or `w3`) of an expert.

@@ -6,6 +6,7 @@ use std::time::Instant;
 use sirocco_compute::{ExpertWeights, Pool, weighted_sum};
 use sirocco_types::{ExpertDtype, ExpertKey, LayerId, Routing};
 
+use crate::checkpoint::load_each;
 use crate::{Checkpoint, CheckpointError};
 
 /// Runs a layer's experts over a batch of tokens.
@@ -51,20 +52,8 @@ impl LocalExperts {
     /// Loads every expert, kept as `dtype`, on as many threads as `pool` has.
     pub fn load(checkpoint: &Checkpoint, dtype: ExpertDtype, pool: Pool) -> Result<Self, CheckpointError> {
         let keys: Vec<ExpertKey> = checkpoint.spec().experts().collect();
-        let load = |keys: &[ExpertKey]| -> Result<Vec<_>, CheckpointError> {
-            keys.iter().map(|&key| Ok((key, checkpoint.load_expert(key, dtype)?))).collect()
-        };
-        let parts: Vec<_> = std::thread::scope(|scope| {
-            let threads: Vec<_> = keys
-                .chunks(keys.len().div_ceil(pool.threads()).max(1))
-                .map(|keys| scope.spawn(move || load(keys)))
-                .collect();
-            threads.into_iter().map(|thread| thread.join().expect("a checkpoint is read without a panic")).collect()
-        });
-        let mut experts = HashMap::new();
-        for part in parts {
-            experts.extend(part?);
-        }
+        let loaded = load_each(&keys, pool.threads(), |&key| checkpoint.load_expert(key, dtype))?;
+        let experts = keys.into_iter().zip(loaded).collect();
         Ok(Self { experts, hidden_size: checkpoint.spec().hidden_size, pool })
     }
 }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use sirocco_compute::{PackedMatrix, Pool, Queries, Rotary, attend, matmul, rms_norm};
 use sirocco_types::{LayerId, ModelSpec, Routing};
 
-use crate::checkpoint::layer_tensor;
+use crate::checkpoint::{layer_tensor, load_each};
 use crate::gate::route;
 use crate::turns::by_turns;
 use crate::{Checkpoint, CheckpointError, Experts, ExpertsError, KvCache};
@@ -132,25 +132,32 @@ impl Buffers {
 }
 
 impl Model {
-    /// Loads everything but the experts; `pool` is what it computes with.
+    /// Loads everything but the experts, on as many threads as `pool` has; it is what the model computes with.
     pub fn load(checkpoint: &Checkpoint, pool: Pool) -> Result<Self, CheckpointError> {
+        const OF_A_LAYER: [&str; 5] =
+            ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "block_sparse_moe.gate"];
         let spec = checkpoint.spec().clone();
-        let load_layer = |layer| {
-            let matrix = |name| checkpoint.matrix(&layer_tensor(layer, name));
+        let mut names = vec!["model.embed_tokens.weight".to_owned()];
+        names.extend((!spec.tie_word_embeddings).then(|| "lm_head.weight".to_owned()));
+        names.extend(spec.layers().flat_map(|layer| OF_A_LAYER.map(|name| layer_tensor(layer, name))));
+        let mut matrices = load_each(&names, pool.threads(), |name| checkpoint.matrix(name))?.into_iter();
+        let mut next = || matrices.next().expect("a matrix for each name");
+        let embedding = next();
+        let lm_head = (!spec.tie_word_embeddings).then(&mut next);
+        let mut load_layer = |layer| {
             Ok(Layer {
                 attention_norm: checkpoint.vector(&layer_tensor(layer, "input_layernorm"))?,
-                q: matrix("self_attn.q_proj")?,
-                k: matrix("self_attn.k_proj")?,
-                v: matrix("self_attn.v_proj")?,
-                o: matrix("self_attn.o_proj")?,
+                q: next(),
+                k: next(),
+                v: next(),
+                o: next(),
                 experts_norm: checkpoint.vector(&layer_tensor(layer, "post_attention_layernorm"))?,
-                gate: matrix("block_sparse_moe.gate")?,
+                gate: next(),
             })
         };
-        let lm_head = if spec.tie_word_embeddings { None } else { Some(checkpoint.matrix("lm_head.weight")?) };
         Ok(Self {
-            embedding: checkpoint.matrix("model.embed_tokens.weight")?,
-            layers: spec.layers().map(load_layer).collect::<Result<_, CheckpointError>>()?,
+            embedding,
+            layers: spec.layers().map(&mut load_layer).collect::<Result<_, CheckpointError>>()?,
             norm: checkpoint.vector("model.norm.weight")?,
             lm_head,
             rotary: Rotary::new(spec.head_dim, spec.rope_theta),

@@ -53,11 +53,13 @@ fn main() -> Result<()> {
 
     memory::cache_files(&folder)?;
     memory::touch(checkpoint.bytes());
+    let plain = memory::plain_read(&folder, threads)?;
     memory::forget_peak()?;
     let began = Instant::now();
     let mut one = OneProcess::load(&checkpoint, dtype, threads, PREFILL.max(MANY.0 * (PROMPT + MANY.1)))?;
     let loading = checkpoint.bytes() as f64 / began.elapsed().as_secs_f64() / f64::from(1 << 30);
     report(&format!("loading {dtype}"), loading, 1.0, "GiB/s");
+    report(&format!("loading {dtype}, over a plain read of the files"), loading, plain, "GiB/s");
     let (expected_one, _) = one.complete(&prompts(ONE.0), ONE.1)?;
     let (expected_many, _) = one.complete(&prompts(MANY.0), MANY.1)?;
     one.prefill(&prompt)?;
