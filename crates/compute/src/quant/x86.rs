@@ -125,6 +125,8 @@ unsafe fn zmm<const R: usize, const INT4: bool, const FETCH: bool>(block: Block,
         // SAFETY: there are the tile's rows of each group.
         let x = unsafe { &*block.x.as_ptr().add(group * rows.all + rows.first).cast::<[Group; R]>() };
         for (panel, lines_of) in block.panels.iter().enumerate() {
+            // The same for every panel, but kept for the next one these would be more than there are registers.
+            let x = std::hint::black_box(x);
             // SAFETY: there are `lines` lines for each group of a panel.
             let w = unsafe { lines_of.as_ptr().add(group * lines(INT4)) };
             let next = w.wrapping_add(ahead);
@@ -203,6 +205,8 @@ macro_rules! ymm {
                 // SAFETY: there are the tile's rows of each group.
                 let x = unsafe { &*block.x.as_ptr().add(group * rows.all + rows.first).cast::<[Group; R]>() };
                 for (panel, lines_of) in block.panels.iter().enumerate() {
+                    // The same for every panel, but kept for the next one these would be more than there are registers.
+                    let x = std::hint::black_box(x);
                     // SAFETY: there are `lines` lines for each group of a panel.
                     let w = unsafe { lines_of.as_ptr().add(group * lines(INT4)) };
                     if FETCH {
