@@ -272,7 +272,7 @@ impl Intake {
                 constraint,
                 trace,
                 arrived,
-                until: deadline.at,
+                deadline,
                 events,
             });
             streams.push(Events::new(stream, deadline, Arc::clone(admission)));

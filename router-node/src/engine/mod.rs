@@ -23,7 +23,7 @@ use tokio::runtime::Runtime;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio_util::task::TaskTracker;
 
-use crate::deadline::Overdue;
+use crate::deadline::{Deadline, Overdue};
 use crate::metrics::Metrics;
 use crate::scheduler::{Chunk, Counts, Flow, Limits, Scheduler, SequenceId, Step, Submission, TooLarge};
 use sequence::Sequence;
@@ -69,7 +69,7 @@ pub(crate) struct Request {
     pub(crate) trace: Trace,
     pub(crate) arrived: Instant,
     /// When nobody waits for it any more.
-    pub(crate) until: Instant,
+    pub(crate) deadline: Deadline,
     pub(crate) events: mpsc::Sender<Result<Event, GenerateError>>,
 }
 
@@ -262,7 +262,10 @@ impl<E: Experts> EngineThread<E> {
 
     fn fail(&mut self, id: SequenceId, error: GenerateError) {
         if let Some(sequence) = self.remove(id) {
-            tracing::warn!(request = sequence.request.id, %error, "a request failed");
+            match &error {
+                GenerateError::Overdue(_) => tracing::debug!(request = sequence.request.id, "its time is over"),
+                _ => tracing::warn!(request = sequence.request.id, %error, "a request failed"),
+            }
             send(&sequence.request.events, Err(error));
         }
     }
@@ -284,7 +287,7 @@ impl<E: Experts> EngineThread<E> {
                 start: chunk.start,
                 tokens: &self.scheduler.tokens(chunk.id)[chunk.start..chunk.start + chunk.len],
                 logits: if chunk.samples { Logits::Last } else { Logits::None },
-                until: self.sequences.get(&chunk.id).map(|sequence| sequence.request.until),
+                until: self.sequences.get(&chunk.id).map(|sequence| sequence.request.deadline.at),
             })
             .collect();
         let (first, second) = batch.split_at(overlap::cut(&step.chunks, self.model.spec(), self.overlap_rows));
@@ -309,8 +312,14 @@ impl<E: Experts> EngineThread<E> {
                     ExpertsError::Unavailable(problem) => GenerateError::Unavailable(problem),
                     ExpertsError::Internal(problem) => GenerateError::Internal(problem),
                 };
+                let now = Instant::now();
                 for chunk in &step.chunks {
-                    self.fail(chunk.id, error.clone());
+                    let deadline = self.sequences.get(&chunk.id).map(|sequence| sequence.request.deadline);
+                    match deadline.filter(|deadline| deadline.at <= now) {
+                        // Its experts may have been given up for that reason alone.
+                        Some(deadline) => self.fail(chunk.id, deadline.overdue().into()),
+                        None => self.fail(chunk.id, error.clone()),
+                    }
                 }
             }
         }

@@ -93,8 +93,8 @@ impl Asked {
         let (events, stream) = mpsc::channel(sampling.max_tokens as usize + 2);
         let flow = Flow { client: ClientId(client), ..Flow::default() };
         let (id, arrived) = (String::new(), Instant::now());
-        let until = arrived + Duration::from_hours(1);
-        (Request { id, flow, prompt, generated, sampling, constraint: None, trace, arrived, until, events }, stream)
+        let deadline = Deadline::new(arrived, Duration::from_hours(1), []);
+        (Request { id, flow, prompt, generated, sampling, constraint: None, trace, arrived, deadline, events }, stream)
     }
 }
 
