@@ -262,9 +262,10 @@ impl<E: Experts> EngineThread<E> {
 
     fn fail(&mut self, id: SequenceId, error: GenerateError) {
         if let Some(sequence) = self.remove(id) {
-            match &error {
-                GenerateError::Overdue(_) => tracing::debug!(request = sequence.request.id, "its time is over"),
-                _ => tracing::warn!(request = sequence.request.id, %error, "a request failed"),
+            if matches!(error, GenerateError::Overdue(_)) {
+                tracing::debug!(request = sequence.request.id, "its time is over");
+            } else {
+                tracing::warn!(request = sequence.request.id, %error, "a request failed");
             }
             send(&sequence.request.events, Err(error));
         }
