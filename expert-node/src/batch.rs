@@ -340,11 +340,19 @@ mod tests {
         assert_eq!(text.matches("sirocco_expert_rows_total{").count(), 2, "only what is held is shown");
     }
 
-    /// The CPU until its next batch, whose first expert is still run.
+    /// The CPU, but for how it runs a batch.
     #[derive(Debug)]
-    struct Failing(CpuBackend, DeviceError);
+    struct Odd(CpuBackend, Way);
 
-    impl ExpertBackend for Failing {
+    #[derive(Debug)]
+    enum Way {
+        /// Runs the first expert and fails.
+        Fails(DeviceError),
+        /// Hands out each row by itself, the last ones first: row `r` as `r`, one after the other.
+        Backwards,
+    }
+
+    impl ExpertBackend for Odd {
         fn kind(&self) -> &'static str {
             self.0.kind()
         }
@@ -362,8 +370,21 @@ mod tests {
         }
 
         fn run(&self, batch: &Batch, done: &mut dyn FnMut(usize, usize, &[f32])) -> Result<(), DeviceError> {
+            let error = match &self.1 {
+                Way::Fails(error) => error,
+                Way::Backwards => {
+                    for (index, part) in batch.parts.iter().enumerate().rev() {
+                        for (place, &row) in part.rows.iter().enumerate().rev() {
+                            let mut state = Vec::new();
+                            (batch.append)(row, &mut state);
+                            done(index, place, &state);
+                        }
+                    }
+                    return Ok(());
+                }
+            };
             self.0.run(&Batch { parts: &batch.parts[..1], ..*batch }, done)?;
-            Err(self.1.clone())
+            Err(error.clone())
         }
 
         fn readings(&self) -> Option<GpuReadings> {
@@ -394,7 +415,7 @@ mod tests {
         for (error, reason, is_lost) in cases {
             let page = Page::new(&Health::new("expert-node", "e"));
             let (metrics, lost) = (metrics(&page), CancellationToken::new());
-            let backend = Arc::new(Failing(cpu(), error.clone()));
+            let backend = Arc::new(Odd(cpu(), Way::Fails(error.clone())));
             let (batcher, thread) = Batcher::start(held(), Arc::clone(&metrics), backend, lost.clone()).unwrap();
             let refusal = batcher.run(request(&[(0, &[0]), (1, &[1])])).unwrap().await.unwrap_err();
             assert_eq!((refusal.reason, refusal.message), (reason, error.to_string()));
@@ -408,43 +429,6 @@ mod tests {
 
     #[tokio::test]
     async fn rows_come_back_to_the_request_that_sent_them_however_the_backend_hands_them_out() {
-        /// Hands out each row by itself, the last ones first: row `r` as `r`, one after the other.
-        #[derive(Debug)]
-        struct Backwards(CpuBackend);
-
-        impl ExpertBackend for Backwards {
-            fn kind(&self) -> &'static str {
-                self.0.kind()
-            }
-
-            fn name(&self) -> String {
-                self.0.name()
-            }
-
-            fn capacity_bytes(&self) -> Option<u64> {
-                self.0.capacity_bytes()
-            }
-
-            fn packer(&self) -> Result<ExpertPacker, DeviceError> {
-                self.0.packer()
-            }
-
-            fn run(&self, batch: &Batch, done: &mut dyn FnMut(usize, usize, &[f32])) -> Result<(), DeviceError> {
-                for (index, part) in batch.parts.iter().enumerate().rev() {
-                    for (place, &row) in part.rows.iter().enumerate().rev() {
-                        let mut state = Vec::new();
-                        (batch.append)(row, &mut state);
-                        done(index, place, &state);
-                    }
-                }
-                Ok(())
-            }
-
-            fn readings(&self) -> Option<GpuReadings> {
-                self.0.readings()
-            }
-        }
-
         let page = Page::new(&Health::new("expert-node", "e"));
         let (metrics, held) = (metrics(&page), held());
         let numbered = |request: DispatchRequest, first: usize| {
@@ -463,7 +447,7 @@ mod tests {
                 (answered, Running::start(job, &held.load()).unwrap())
             })
             .unzip();
-        run_batch(&mut jobs, &held.load(), &metrics, &Backwards(cpu())).unwrap();
+        run_batch(&mut jobs, &held.load(), &metrics, &Odd(cpu(), Way::Backwards)).unwrap();
         jobs.into_iter().for_each(Running::finish);
         let expected = [&[2, 0, 1, 1][..], &[], &[6, 7, 8]];
         for (answer, expected) in answers.into_iter().zip(expected) {

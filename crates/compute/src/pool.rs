@@ -2,8 +2,8 @@
 //!
 //! Work is a number of tasks that an atomic counter hands out; the thread that asks for it takes part. Workers watch for more
 //! work for a few tens of microseconds after the last, unless somebody else wants their core, then sleep: an idle pool takes no
-//! processor time. One caller's work
-//! runs at a time, others wait their turn. A worker that wakes too late for a job is not waited for.
+//! processor time. One caller's work runs at a time, others wait their turn. A worker that wakes too late for a job is not waited
+//! for.
 
 use std::any::Any;
 use std::cell::{Cell, UnsafeCell};

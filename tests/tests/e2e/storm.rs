@@ -15,10 +15,9 @@ use sirocco_proto::wire::inference as wire;
 use sirocco_testkit::cluster::Node;
 use sirocco_testkit::etcd::Etcd;
 use sirocco_testkit::random::Random;
-use sirocco_testkit::wait_for;
 use tokio::task::JoinSet;
 
-use crate::openai::client::{Answer, metric, post, send};
+use crate::openai::client::{Answer, metric, post, send, until_idle};
 use crate::openai::start;
 use crate::support::{Golden, generate, goldens, greedy};
 
@@ -189,15 +188,9 @@ async fn storm(target: &Arc<Target>, seed: u64, numbers: std::ops::Range<u64>) {
     }
 }
 
-/// Waits until the router is idle, without a block held, and returns its memory in bytes.
+/// Waits until the router is idle and returns its memory in bytes.
 fn at_rest(router: &Node) -> u64 {
-    let busy = [
-        "sirocco_router_sequences_running",
-        "sirocco_router_sequences_waiting",
-        r#"sirocco_router_kv_blocks{state="used"}"#,
-    ];
-    wait_for("the router to be idle", || Ok(busy.iter().all(|name| metric(&router.http, name) == 0.0).then_some(())))
-        .unwrap();
+    until_idle(router);
     router.process.resident_bytes().unwrap()
 }
 

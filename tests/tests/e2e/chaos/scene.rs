@@ -10,12 +10,12 @@ use sirocco_testkit::cluster::{Cluster, Node, Setup};
 use sirocco_testkit::etcd::{EtcdCluster, ctl};
 use sirocco_testkit::faults::Rig;
 use sirocco_testkit::faults::network::State;
-use sirocco_testkit::{repository, wait_for};
+use sirocco_testkit::repository;
 
 use super::load::{Load, Tally, Window};
 use crate::control::operator::{Operator, min_replicas};
 use crate::control::{POLL, Size};
-use crate::openai::client::metric;
+use crate::openai::client::until_idle;
 
 /// Longest time until a cluster has what it is to have again: a lease ends, what was lost is placed and loaded elsewhere.
 const PATIENCE: Duration = Duration::from_mins(2);
@@ -201,7 +201,7 @@ impl Scene {
         let tally = self.load.stop().await;
         let Cluster { coordinators, routers, experts, .. } = &mut self.cluster;
         for router in routers.iter() {
-            idle(router);
+            until_idle(router);
         }
         for node in routers.iter_mut().chain(coordinators).chain(experts) {
             leave(node);
@@ -221,15 +221,4 @@ pub(super) fn leave(node: &mut Node) {
     node.process.signal(Signal::TERM).unwrap();
     let status = node.process.wait().unwrap();
     assert!(status.success(), "{}: {status}\n{}", node.id, node.process.stderr());
-}
-
-/// Waits until `router` computes nothing and holds no block of its KV cache.
-fn idle(router: &Node) {
-    let busy = [
-        "sirocco_router_sequences_running",
-        "sirocco_router_sequences_waiting",
-        r#"sirocco_router_kv_blocks{state="used"}"#,
-    ];
-    wait_for("the router to be idle", || Ok(busy.iter().all(|name| metric(&router.http, name) == 0.0).then_some(())))
-        .unwrap();
 }

@@ -4,8 +4,9 @@ use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::TcpStream;
 
 use serde_json::Value;
-use sirocco_testkit::PATIENCE;
+use sirocco_testkit::cluster::Node;
 use sirocco_testkit::process::Process;
+use sirocco_testkit::{PATIENCE, wait_for};
 
 use crate::commands::up;
 
@@ -103,4 +104,15 @@ pub(crate) fn metric(http: &str, metric: &str) -> f64 {
     let page = Answer::of(send(http, "GET", "/metrics", "", b"")).text();
     let value = page.lines().find_map(|line| line.strip_prefix(metric)?.strip_prefix(' '));
     value.unwrap_or_else(|| panic!("{metric} is missing:\n{page}")).parse().unwrap()
+}
+
+/// Waits until `router` computes nothing and holds no block of its KV cache.
+pub(crate) fn until_idle(router: &Node) {
+    let busy = [
+        "sirocco_router_sequences_running",
+        "sirocco_router_sequences_waiting",
+        r#"sirocco_router_kv_blocks{state="used"}"#,
+    ];
+    wait_for("the router to be idle", || Ok(busy.iter().all(|name| metric(&router.http, name) == 0.0).then_some(())))
+        .unwrap();
 }
