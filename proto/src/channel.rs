@@ -13,6 +13,12 @@ pub(crate) const MAX_FRAME_BYTES: u32 = 1 << 20;
 /// The same between nodes, the most there can be: rows that arrive in one frame are used where they arrived.
 pub(crate) const MAX_ROWS_FRAME_BYTES: u32 = (1 << 24) - 1;
 
+/// Calls that a connection may have under way; what is over waits at the peer.
+pub(crate) const MAX_STREAMS: u32 = 1024;
+
+/// The same of a router at an expert node, each with a message of up to [`MAX_MESSAGE_BYTES`] on its way. A router needs one.
+pub(crate) const MAX_ROWS_STREAMS: u32 = 16;
+
 /// Bytes a peer may send before it waits for us.
 pub(crate) const WINDOW_BYTES: u32 = 16 << 20;
 

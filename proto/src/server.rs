@@ -14,7 +14,7 @@ use tonic::transport::server::Connected;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
-use crate::channel::{KEEPALIVE, MAX_FRAME_BYTES, MAX_ROWS_FRAME_BYTES, WINDOW_BYTES};
+use crate::channel::{KEEPALIVE, MAX_FRAME_BYTES, MAX_ROWS_FRAME_BYTES, MAX_ROWS_STREAMS, MAX_STREAMS, WINDOW_BYTES};
 use crate::socket::Socket;
 
 /// The services of one server under construction.
@@ -96,13 +96,14 @@ impl Services {
             }
             stream
         });
-        self.serve_incoming(incoming, MAX_FRAME_BYTES, shutdown, grace).await
+        self.serve_incoming(incoming, MAX_FRAME_BYTES, MAX_STREAMS, shutdown, grace).await
     }
 
     async fn serve_incoming<I>(
         self,
         incoming: impl Stream<Item = std::io::Result<I>>,
         max_frame_bytes: u32,
+        max_streams: u32,
         shutdown: CancellationToken,
         grace: Duration,
     ) -> Result<(), tonic::transport::Error>
@@ -115,6 +116,7 @@ impl Services {
             .initial_stream_window_size(WINDOW_BYTES)
             .initial_connection_window_size(WINDOW_BYTES)
             .max_frame_size(max_frame_bytes)
+            .max_concurrent_streams(max_streams)
             .http2_keepalive_interval(Some(interval))
             .http2_keepalive_timeout(Some(timeout))
             .add_routes(routes)
@@ -151,7 +153,7 @@ impl Services {
             let result = runtime.block_on(async {
                 let incoming = TcpListenerStream::new(TcpListener::from_std(listener)?);
                 let incoming = incoming.map(|stream| stream.and_then(Socket::of_server));
-                Ok(self.serve_incoming(incoming, MAX_ROWS_FRAME_BYTES, shutdown, grace).await?)
+                Ok(self.serve_incoming(incoming, MAX_ROWS_FRAME_BYTES, MAX_ROWS_STREAMS, shutdown, grace).await?)
             });
             drop(runtime);
             // Nobody listens any more when the future was dropped.

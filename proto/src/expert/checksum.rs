@@ -8,6 +8,9 @@ use super::wire;
 
 /// A message of the Dispatch stream.
 pub trait Checked: Message + Default {
+    /// The field that has its tensor.
+    const TENSOR: u32;
+
     /// CRC-32C of its fields in the order that the `.proto` says, as they are now.
     fn checksum(&self) -> u32;
 
@@ -16,6 +19,8 @@ pub trait Checked: Message + Default {
 }
 
 impl Checked for wire::DispatchRequest {
+    const TENSOR: u32 = super::HIDDEN_STATES;
+
     fn checksum(&self) -> u32 {
         let rows: usize = self.experts.iter().map(|part| part.rows.len() + 2).sum();
         let mut fields = Fields(Vec::with_capacity(128 + size_of::<u32>() * rows));
@@ -38,6 +43,8 @@ impl Checked for wire::DispatchRequest {
 }
 
 impl Checked for wire::DispatchResponse {
+    const TENSOR: u32 = super::ROWS;
+
     fn checksum(&self) -> u32 {
         let mut fields = Fields(Vec::with_capacity(128 + 3 * size_of::<u32>() * self.experts.len()));
         fields.long(self.id);

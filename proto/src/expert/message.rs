@@ -7,8 +7,12 @@
 use std::collections::VecDeque;
 
 use bytes::{Buf, BufMut as _, Bytes, BytesMut};
+use prost::DecodeError;
 use prost::Message;
-use prost::encoding::{WireType, encode_key, encode_varint, encoded_len_varint, key_len};
+use prost::encoding::{
+    DecodeContext, WireType, decode_key, decode_varint, encode_key, encode_varint, encoded_len_varint, key_len,
+    skip_field,
+};
 use tonic::Status;
 
 use super::Checked;
@@ -20,6 +24,9 @@ const PREFIX_BYTES: usize = 5;
 
 /// The field of a [`Tensor`] that has its elements.
 const TENSOR_DATA: u32 = 3;
+
+/// Bytes of a message beside its tensor's data. Decoded they may take sixteen times as much, the data nothing.
+const MAX_FIELD_BYTES: usize = 16 << 20;
 
 /// The chunks of one message, `fields` and after them `tensor` as field `tag`. None of them is empty.
 ///
@@ -106,6 +113,13 @@ impl Inbox {
             return Ok(None);
         }
         self.len = None;
+        let fields = field_bytes(&mut self.chunks.clone().take(len), M::TENSOR);
+        let fields = fields.map_err(|error| Status::invalid_argument(error.to_string()))?;
+        if fields > MAX_FIELD_BYTES {
+            return Err(Status::out_of_range(format!(
+                "message with {fields} bytes beside its rows, the limit is {MAX_FIELD_BYTES}"
+            )));
+        }
         let message = M::decode((&mut self.chunks).take(len));
         let message = message.map_err(|error| Status::invalid_argument(error.to_string()))?;
         // Not even its id can be trusted.
@@ -119,8 +133,32 @@ impl Inbox {
     }
 }
 
+/// Bytes of a message but for the data of the tensor that is its field `tensor`. Decodes nothing; of what cannot be decoded it may
+/// be anything.
+fn field_bytes(message: &mut impl Buf, tensor: u32) -> Result<usize, DecodeError> {
+    let all = message.remaining();
+    let mut data = 0;
+    let mut after_tensor = all; // bytes that remain where the tensor that is being read ends
+    while message.has_remaining() {
+        let in_tensor = message.remaining() > after_tensor;
+        let (tag, kind) = decode_key(message)?;
+        if kind == WireType::LengthDelimited && tag == if in_tensor { TENSOR_DATA } else { tensor } {
+            let len = usize::try_from(decode_varint(message)?).unwrap_or(usize::MAX).min(message.remaining());
+            if in_tensor {
+                data += len;
+                message.advance(len);
+            } else {
+                after_tensor = message.remaining() - len;
+            }
+        } else {
+            skip_field(kind, tag, message, DecodeContext::default())?;
+        }
+    }
+    Ok(all - data)
+}
+
 /// Chunks read as one. What lies within one of them is lent, not copied.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct Chunks {
     /// None of them empty.
     chunks: VecDeque<Bytes>,
@@ -262,6 +300,33 @@ mod tests {
             let status = inbox.next::<DispatchRequest>().unwrap_err();
             assert_eq!(status.code(), code);
             assert!(status.message().contains(message), "{status}");
+        }
+    }
+
+    #[test]
+    fn a_message_of_many_small_fields_is_refused_before_they_take_memory() {
+        let empty_expert = [6 << 3 | 2, 0];
+        for (experts, refused) in [(MAX_FIELD_BYTES / 2 - 100, false), (MAX_FIELD_BYTES / 2, true)] {
+            let message = [request(2).encode_to_vec(), empty_expert.repeat(experts)].concat();
+            let mut inbox = Inbox::default();
+            inbox.push([&[0][..], &(message.len() as u32).to_be_bytes(), &message].concat().into());
+            let status = inbox.next::<DispatchRequest>().unwrap_err();
+            // One that is not refused for that was changed on the way.
+            assert_eq!(status.code(), if refused { Code::OutOfRange } else { Code::DataLoss }, "{status}");
+            assert_eq!(status.message().contains("beside its rows"), refused, "{status}");
+        }
+    }
+
+    #[test]
+    fn only_the_elements_of_the_tensor_are_not_counted() {
+        for rows in [0, 1, 300] {
+            let message = request(rows);
+            let tensor = message.hidden_states.clone().unwrap();
+            let (bytes, data) = (message.encode_to_vec(), tensor.data.len());
+            assert_eq!(field_bytes(&mut &bytes[..], HIDDEN_STATES).unwrap(), bytes.len() - data);
+            // Elsewhere the same bytes count.
+            assert_eq!(field_bytes(&mut &bytes[..], HIDDEN_STATES + 1).unwrap(), bytes.len());
+            assert_eq!(field_bytes(&mut &tensor.encode_to_vec()[..], HIDDEN_STATES).unwrap(), tensor.encoded_len());
         }
     }
 

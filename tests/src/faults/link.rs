@@ -62,6 +62,10 @@ async fn connect(near: TcpStream, behind: watch::Receiver<Option<SocketAddr>>, n
     };
     let Some(mut far) = far else { return reset(&near) };
     let mut near = near;
+    for socket in [&near, &far] {
+        // A packet goes on when it comes: what two processes without a link between them would see.
+        let _ = socket.set_nodelay(true);
+    }
     let done = {
         let ((from_near, to_near), (from_far, to_far)) = (near.split(), far.split());
         let forth = Direction::new(|state| state.forth, Random::new(seed));

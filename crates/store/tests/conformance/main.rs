@@ -58,4 +58,5 @@ on_both_stores! {
         a_registration_comes_back_after_losing_its_lease
         closing_while_registering_again_leaves_nothing_behind
         a_deleted_claim_is_put_back;
+        a_dead_process_is_waited_for_though_its_lease_starts_anew;
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use sirocco_store::{Event, Registration, StoreError};
+use sirocco_store::{Event, Registration, StoreError, Txn};
 
 use crate::fixture::{Fixture, Kind, TTL, next, until, within};
 use crate::meddled::Meddled;
@@ -53,6 +53,23 @@ pub(crate) async fn a_restart_after_a_kill_has_the_same_id_and_no_double_entry(k
     }
     lives.dedup();
     assert_eq!(lives, ["first life", "gone", "second life"]);
+    restarted.close().await;
+}
+
+/// As those of all dead processes do when etcd changes its own leader.
+pub(crate) async fn a_dead_process_is_waited_for_though_its_lease_starts_anew(kind: Kind) {
+    let fixture = Fixture::shared(kind).await;
+    let key = fixture.key("members/a");
+    let dead = fixture.store.grant_lease(TTL * 4).await.unwrap();
+    fixture.store.txn(Txn::new().put_leased(&key, "first life", dead.lease)).await.unwrap();
+    let opening = Registration::open(Arc::clone(&fixture.store), &key, "second life", dead.ttl);
+    let starts_anew = async {
+        tokio::time::sleep(dead.ttl * 7 / 8).await;
+        fixture.store.keep_alive(dead.lease).await.unwrap();
+    };
+    let (restarted, ()) = within("registration", async { tokio::join!(opening, starts_anew) }).await;
+    let restarted = restarted.unwrap();
+    assert_eq!(fixture.store.get(&key).await.unwrap().unwrap().value, "second life");
     restarted.close().await;
 }
 
