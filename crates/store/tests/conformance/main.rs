@@ -57,6 +57,6 @@ on_both_stores! {
         a_second_live_process_with_the_same_id_is_refused
         a_registration_comes_back_after_losing_its_lease
         closing_while_registering_again_leaves_nothing_behind
-        a_deleted_claim_is_put_back;
+        a_deleted_claim_is_put_back
         a_dead_process_is_waited_for_though_its_lease_starts_anew;
 }
