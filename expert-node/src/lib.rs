@@ -22,4 +22,3 @@ mod service;
 mod testing;
 
 pub use node::{Config, StartError, default_capacity, start};
-pub use sirocco_compute::DeviceChoice;

@@ -27,10 +27,11 @@ mod packed;
 mod pages;
 mod pool;
 mod quant;
+mod router;
 mod wide;
 
 pub use attention::{AttentionShape, BLOCK_TOKENS, KvLayer, Queries, attend};
-pub use backend::{Batch, CpuBackend, DeviceChoice, ExpertBackend, GpuReadings, Part, UnknownDevice, open_backend};
+pub use backend::{Batch, CpuBackend, DeviceChoice, ExpertBackend, GpuReadings, Part, open_backend};
 pub use combine::weighted_sum;
 pub use cuda::{CudaBackend, DeviceError, KernelSettings, cuda_devices};
 pub use device::cpu_description;
@@ -41,3 +42,7 @@ pub use matmul::matmul;
 pub use norm::{Rotary, rms_norm, softmax};
 pub use packed::{PackedMatrix, Packer, ShapeMismatch};
 pub use pool::Pool;
+pub use router::{
+    CpuRouter, CpuWeights, GpuGauge, KvBlocks, LANES, RouterBackend, RouterDevice, RouterLimits, RouterMatrix,
+    RouterVector, argmax, kv_block_bytes, likeliest, open_router,
+};

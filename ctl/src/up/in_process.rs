@@ -59,6 +59,7 @@ impl InProcess {
         for index in 0..args.routers {
             let mut config = sirocco_router_node::Config::new(model.to_owned());
             config.threads = args.threads;
+            config.device = args.device.clone();
             config.policy = args.policy.clone();
             if index == 0 {
                 config.grpc = listener(args, args.grpc, 8001);
@@ -77,9 +78,7 @@ impl InProcess {
                 http: any,
                 threads: args.threads,
                 capacity_bytes: args.capacity_bytes(),
-                device: args.device,
-                nvrtc: args.nvrtc.clone(),
-                kernel_cache: args.kernel_cache.clone(),
+                device: args.device.clone(),
                 speed: 100,
                 max_experts_per_layer: None,
                 expert_dtype: args.expert_dtype,

@@ -8,11 +8,11 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Result, bail};
-use sirocco_expert_node::DeviceChoice;
+use sirocco_process::DeviceArgs;
 use sirocco_proto::wire::inference::generate_request::Prompt;
 use sirocco_router_node::Policy;
 use sirocco_store::EtcdArgs;
-use sirocco_types::ExpertDtype;
+use sirocco_types::{DeviceChoice, ExpertDtype};
 use tokio_util::sync::CancellationToken;
 
 use crate::bundled;
@@ -58,15 +58,9 @@ pub(crate) struct Args {
     /// What the expert nodes keep expert weights as: bf16 as stored, or int8 or int4
     #[arg(long, env = "SIROCCO_EXPERT_DTYPE", value_name = "bf16|int8|int4", default_value_t)]
     pub(crate) expert_dtype: ExpertDtype,
-    /// What the expert nodes run experts on: cpu, an NVIDIA GPU by its number, which they share, or auto
-    #[arg(long, env = "SIROCCO_DEVICE", value_name = "cpu|cuda:N|auto", default_value_t)]
-    pub(crate) device: DeviceChoice,
-    /// NVIDIA's runtime compiler, libnvrtc.so, for GPUs [default: the system's]
-    #[arg(long, env = "SIROCCO_NVRTC", value_name = "FILE")]
-    pub(crate) nvrtc: Option<PathBuf>,
-    /// Where to keep kernels compiled for GPUs [default: sirocco/kernels in the user's cache folder]
-    #[arg(long, env = "SIROCCO_KERNEL_CACHE", value_name = "FOLDER")]
-    pub(crate) kernel_cache: Option<PathBuf>,
+    /// What routers and expert nodes run on; they share a GPU
+    #[command(flatten)]
+    pub(crate) device: DeviceArgs,
     /// Start each node as a process of its own, on etcd
     #[arg(long, env = "SIROCCO_PROCESSES")]
     pub(crate) processes: bool,
@@ -86,7 +80,7 @@ impl Args {
     /// Each expert node's share of the machine's memory; none for nodes that say themselves what their GPU has room for.
     fn capacity_bytes(&self) -> Option<u64> {
         let share = sirocco_expert_node::default_capacity() / u64::from(self.expert_nodes);
-        (self.device == DeviceChoice::Cpu).then_some(share)
+        (self.device.device == DeviceChoice::Cpu).then_some(share)
     }
 }
 

@@ -36,6 +36,7 @@ impl Processes {
     /// Starts the programs: the coordinator, the routers, the expert nodes.
     fn spawn_all(&mut self, args: &Args, model: &Path) -> Result<()> {
         const ANY: &str = "127.0.0.1:0";
+        let device = args.device.flags();
         let model = model.to_str().context("the model folder's path is not UTF-8")?;
         let grpc = listener(args, args.coordinator_grpc, 7400).to_string();
         let http = listener(args, args.coordinator_http, 7401).to_string();
@@ -45,18 +46,15 @@ impl Processes {
             let http = if index == 0 { listener(args, args.http, 8000).to_string() } else { ANY.to_owned() };
             let policy = args.policy.flags();
             let mut flags = vec!["--model", model, "--grpc", &grpc, "--http", &http];
-            flags.extend(policy.iter().map(String::as_str));
+            flags.extend(policy.iter().chain(&device).map(String::as_str));
             self.spawn(args, "router-node", format!("router-{index}"), &flags)?;
         }
         let dtype = args.expert_dtype.as_str();
-        let (capacity, device) = (args.capacity_bytes().map(|bytes| bytes.to_string()), args.device.to_string());
+        let capacity = args.capacity_bytes().map(|bytes| bytes.to_string());
         for index in 0..args.expert_nodes {
             let mut flags = vec!["--model", model, "--grpc", ANY, "--http", ANY, "--no-progress"];
-            flags.extend(["--expert-dtype", dtype, "--device", &device]);
-            let paths = [("--nvrtc", &args.nvrtc), ("--kernel-cache", &args.kernel_cache)];
-            for (flag, path) in paths.iter().filter_map(|(flag, path)| Some((flag, path.as_ref()?))) {
-                flags.extend([*flag, path.to_str().with_context(|| format!("{flag} is not UTF-8"))?]);
-            }
+            flags.extend(["--expert-dtype", dtype]);
+            flags.extend(device.iter().map(String::as_str));
             if let Some(capacity) = &capacity {
                 flags.extend(["--capacity-bytes", capacity]);
             }
