@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
-use sirocco_compute::{CpuBackend, DeviceError, ExpertBackend, KernelSettings, Pool, open_backend};
+use sirocco_compute::{CpuBackend, DeviceError, ExpertBackend, Pool, open_backend};
 use sirocco_model::{Checkpoint, CheckpointError};
 use sirocco_process::http::{self, Health};
 use sirocco_process::metrics::Page;
@@ -27,6 +27,7 @@ use crate::load::Reporter;
 use crate::loader::Loader;
 use crate::metrics::Metrics;
 use crate::service::Service;
+use crate::share::kernel_settings;
 
 /// What an expert node is told.
 #[derive(Clone, Debug, clap::Args)]
@@ -248,7 +249,7 @@ async fn backend(config: &Config, checkpoint: &Checkpoint) -> Result<Arc<dyn Exp
         hidden_size: spec.hidden_size,
         intermediate_size: spec.intermediate_size,
     };
-    let settings = KernelSettings { nvrtc: config.device.nvrtc.clone(), cache: config.device.kernel_folder() };
+    let settings = kernel_settings(&config.device);
     let opened = tokio::task::spawn_blocking(move || open_backend(device, &settings, cpu)).await;
     let (backend, said) = opened.map_err(std::io::Error::other)??;
     match said {
@@ -278,7 +279,7 @@ fn device_name(backend: &dyn ExpertBackend, dtype: ExpertDtype) -> String {
 }
 
 /// Four fifths of the machine's memory, in bytes.
-pub fn default_capacity() -> u64 {
+pub(crate) fn default_capacity() -> u64 {
     let info = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let total =
         info.lines().find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok());

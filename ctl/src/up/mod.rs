@@ -7,12 +7,12 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
 use sirocco_process::DeviceArgs;
 use sirocco_proto::wire::inference::generate_request::Prompt;
 use sirocco_router_node::Policy;
 use sirocco_store::EtcdArgs;
-use sirocco_types::{DeviceChoice, ExpertDtype};
+use sirocco_types::{ExpertDtype, ModelSpec};
 use tokio_util::sync::CancellationToken;
 
 use crate::bundled;
@@ -77,10 +77,34 @@ pub(crate) struct Args {
 }
 
 impl Args {
-    /// Each expert node's share of the machine's memory; none for nodes that say themselves what their GPU has room for.
-    fn capacity_bytes(&self) -> Option<u64> {
-        let share = sirocco_expert_node::default_capacity() / u64::from(self.expert_nodes);
-        (self.device.device == DeviceChoice::Cpu).then_some(share)
+    /// Makes of the device `auto` what it is here, and says why no GPU is used.
+    async fn settle_device(&mut self) -> Result<()> {
+        let mut device = self.device.clone();
+        let settled = tokio::task::spawn_blocking(move || {
+            let said = sirocco_expert_node::settle(&mut device)?;
+            anyhow::Ok((device, said))
+        });
+        let (device, said) = settled.await?.context("--device")?;
+        if let Some(reason) = said {
+            eprintln!("no GPU can be used; all runs on the CPU: {reason}");
+        }
+        self.device = device;
+        Ok(())
+    }
+
+    /// Each router's share of a GPU for its KV cache; none where all routers may take what is usual.
+    async fn kv_bytes(&self) -> Result<Option<u64>> {
+        let (device, routers) = (self.device.clone(), self.routers);
+        let share = tokio::task::spawn_blocking(move || sirocco_expert_node::kv_share(&device, routers));
+        share.await?.context("--device")
+    }
+
+    /// Each expert node's share of the machine's memory or of the GPU's, once the routers have taken theirs.
+    async fn capacity_bytes(&self, spec: &ModelSpec) -> Result<u64> {
+        let (device, dtype, nodes) = (self.device.clone(), self.expert_dtype, self.expert_nodes);
+        let spec = spec.clone();
+        let share = move || sirocco_expert_node::capacity_share(&device, &spec, dtype, nodes);
+        tokio::task::spawn_blocking(share).await?.context("--device")
     }
 }
 
@@ -110,6 +134,7 @@ pub(crate) async fn run(mut args: Args, shutdown: CancellationToken) -> Result<(
         Some(folder) => folder,
         None => bundled::folder()?,
     };
+    args.settle_device().await?;
     if args.processes {
         run_on(processes::Processes::new(&args), &args, &model, &shutdown).await
     } else {

@@ -31,6 +31,26 @@ const ITEM: usize = 24;
 /// The part of a GPU's memory that is left to the driver and to others: one in so many.
 const RESERVE: usize = 32;
 
+/// What the driver takes for each process on a GPU, at most.
+const CONTEXT: usize = 640 << 20;
+
+/// A GPU's memory, bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GpuMemory {
+    /// In nobody's use.
+    pub free: usize,
+    /// All of it.
+    pub total: usize,
+}
+
+/// The memory of the GPU `cuda:ordinal` now. Errors say why it cannot be used; kernels are compiled for that, unless they are cached.
+pub fn probe_gpu(ordinal: usize, settings: &KernelSettings) -> Result<GpuMemory, DeviceError> {
+    let gpu = Gpu::open(ordinal)?;
+    Kernels::load(&gpu, settings, ExpertDtype::default())?;
+    let (free, total) = gpu.memory()?;
+    Ok(GpuMemory { free, total })
+}
+
 /// Experts on a GPU.
 #[derive(Debug)]
 pub struct CudaBackend {
@@ -72,6 +92,13 @@ impl CudaBackend {
 }
 
 impl CudaBackend {
+    /// Bytes of experts that each of `nodes` such backends has room for, when they are opened together on a GPU with `memory`, by
+    /// processes of their own.
+    pub fn share(memory: GpuMemory, nodes: usize, dtype: ExpertDtype, (hidden, inter): (usize, usize)) -> usize {
+        let workspace = 2 * Lane::device_bytes(Layout { dtype, hidden, inter });
+        memory.free.saturating_sub(memory.total / RESERVE + nodes * (workspace + CONTEXT)) / nodes
+    }
+
     /// For benchmarks: how long the kernels take for the first wave of `batch`, without the copies on both sides, on average over
     /// `times`.
     pub fn kernel_time(&self, batch: &Batch, times: u32) -> Result<Duration, DeviceError> {
@@ -340,6 +367,23 @@ impl Call {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn nodes_that_share_a_gpu_have_room_for_what_they_were_told_in_whatever_order_they_are_opened_and_filled() {
+        let (dtype, hidden, inter) = (ExpertDtype::Bf16, 4096, 14_336);
+        let workspace = 2 * Lane::device_bytes(Layout { dtype, hidden, inter });
+        let memory = GpuMemory { free: 70 << 30, total: 80 << 30 };
+        for nodes in 1..=16 {
+            let share = CudaBackend::share(memory, nodes, dtype, (hidden, inter));
+            assert!(nodes > 8 || share > 5 << 30, "{nodes}: {share}");
+            // All that were opened before may be full already.
+            for before in 0..nodes {
+                let free = memory.free - before * (CONTEXT + workspace + share) - CONTEXT;
+                assert!(workspace + memory.total / RESERVE + share <= free, "number {before} of {nodes}");
+            }
+        }
+        assert_eq!(CudaBackend::share(memory, 80, dtype, (hidden, inter)), 0);
+    }
 
     #[test]
     fn the_workspace_is_what_its_parts_take() {

@@ -21,7 +21,7 @@ mod plan;
 #[cfg(test)]
 mod tests;
 
-pub use backend::CudaBackend;
+pub use backend::{CudaBackend, GpuMemory, probe_gpu};
 pub use error::DeviceError;
 pub(crate) use expert::{CudaExpert, CudaPacker};
 pub use gpu::cuda_devices;
