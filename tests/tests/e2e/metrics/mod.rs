@@ -1,6 +1,6 @@
 //! Metrics: documented, well formed, true, and used by dashboard and alerts under names that exist.
 
-mod scrape;
+pub(crate) mod scrape;
 
 use std::collections::{BTreeMap, BTreeSet};
 
