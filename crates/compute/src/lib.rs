@@ -33,7 +33,7 @@ mod wide;
 pub use attention::{AttentionShape, BLOCK_TOKENS, KvLayer, Queries, attend};
 pub use backend::{Batch, CpuBackend, DeviceChoice, ExpertBackend, GpuReadings, Part, open_backend};
 pub use combine::weighted_sum;
-pub use cuda::{CudaBackend, DeviceError, GpuMemory, KernelSettings, cuda_devices, probe_gpu};
+pub use cuda::{CudaBackend, CudaRouter, DeviceError, GpuMemory, KernelSettings, cuda_devices, probe_gpu};
 pub use device::cpu_description;
 pub use exp::exp_relative;
 pub use ffn::{ExpertMatrix, ExpertPacker, ExpertWeights};

@@ -100,12 +100,5 @@ fn program() -> &'static PathBuf {
 }
 
 /// Multiplications and additions are fused only where the source says so, as NVRTC is told too.
-const FLAGS: [&str; 7] = [
-    "-std=c++17",
-    "-O2",
-    "-ffp-contract=off",
-    "-U_FORTIFY_SOURCE",
-    "-Wall",
-    "-Wno-unknown-pragmas",
-    "-Werror",
-];
+const FLAGS: [&str; 7] =
+    ["-std=c++17", "-O2", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-Wall", "-Wno-unknown-pragmas", "-Werror"];

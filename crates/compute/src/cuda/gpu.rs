@@ -330,8 +330,7 @@ impl Stream {
         assert!(offset + bytes <= from.bytes && bytes <= to.bytes, "a copy fits");
         self.gpu.bind()?;
         // SAFETY: both have room for it, as was checked; they stay as they are until it is done, as the caller promises.
-        let copy =
-            unsafe { result::memcpy_dtoh_async(&mut to[..bytes], from.address + offset as u64, self.stream) };
+        let copy = unsafe { result::memcpy_dtoh_async(&mut to[..bytes], from.address + offset as u64, self.stream) };
         self.gpu.check("cuMemcpyDtoHAsync", copy)
     }
 

@@ -65,11 +65,7 @@ pub(super) struct Matrix {
 impl Matrix {
     /// `[outputs, inputs]`.
     pub(super) fn new(outputs: usize, inputs: usize) -> Self {
-        Self {
-            blocks: inputs.div_ceil(BLOCK) as u32,
-            tiles: outputs.div_ceil(TILE) as u32,
-            outputs: outputs as u32,
-        }
+        Self { blocks: inputs.div_ceil(BLOCK) as u32, tiles: outputs.div_ceil(TILE) as u32, outputs: outputs as u32 }
     }
 
     /// Bytes of a tile of bf16.

@@ -122,7 +122,7 @@ pub fn kv_block_bytes(spec: &ModelSpec) -> usize {
     spec.num_hidden_layers * KvLayer::block_bytes(&attention_shape(spec))
 }
 
-fn attention_shape(spec: &ModelSpec) -> AttentionShape {
+pub(crate) fn attention_shape(spec: &ModelSpec) -> AttentionShape {
     AttentionShape {
         heads: spec.num_attention_heads,
         kv_heads: spec.num_key_value_heads,
