@@ -192,6 +192,14 @@ impl Checkpoint {
         }
     }
 
+    /// Reads a matrix of a router as it is stored, `[outputs, inputs]` little-endian bf16.
+    pub(crate) fn router_matrix_rows(&self, matrix: RouterMatrix) -> Result<Vec<u8>, CheckpointError> {
+        let tensor = router_matrix_tensor(matrix);
+        let mut rows = vec![0; self.tensor_bytes(&tensor)?];
+        self.read(&tensor, 0, &mut rows)?;
+        Ok(rows)
+    }
+
     /// Reads a vector of a router.
     pub(crate) fn router_vector(&self, vector: RouterVector) -> Result<Vec<f32>, CheckpointError> {
         let tensor = router_vector_tensor(vector);

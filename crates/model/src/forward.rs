@@ -94,12 +94,25 @@ impl Model {
         let spec = checkpoint.spec().clone();
         let matrices: Vec<RouterMatrix> = RouterMatrix::all(&spec).collect();
         let vectors = RouterVector::all(&spec).map(|vector| checkpoint.router_vector(vector));
-        let vectors = vectors.collect::<Result<_, _>>()?;
+        let vectors: Vec<Vec<f32>> = vectors.collect::<Result<_, _>>()?;
         let router: Box<dyn RouterBackend> = match device {
             RouterDevice::Cpu { pool, kv_blocks } => {
                 let load = |matrix: &RouterMatrix| checkpoint.router_matrix(*matrix);
                 let matrices = load_each(&matrices, pool.threads(), load)?;
                 Box::new(CpuRouter::new(&spec, CpuWeights { matrices, vectors }, kv_blocks, pool))
+            }
+            RouterDevice::Cuda { mut router, pool } => {
+                // The host never has more of them than its threads read at once.
+                for few in matrices.chunks(pool.threads()) {
+                    let load = |matrix: &RouterMatrix| checkpoint.router_matrix_rows(*matrix);
+                    for (matrix, rows) in few.iter().zip(load_each(few, pool.threads(), load)?) {
+                        router.load_matrix(*matrix, &rows)?;
+                    }
+                }
+                for (vector, values) in RouterVector::all(&spec).zip(vectors) {
+                    router.load_vector(vector, &values)?;
+                }
+                router
             }
         };
         Ok(Self { spec, router })

@@ -10,10 +10,10 @@ mod gate;
 use std::fmt;
 use std::sync::Arc;
 
-use sirocco_types::{DeviceChoice, ExpertDtype, GpuReadings, LayerId, ModelSpec, Routing};
+use sirocco_types::{DeviceChoice, GpuReadings, LayerId, ModelSpec, Routing};
 
 use crate::backend::choose;
-use crate::cuda::{CudaBackend, DeviceError, KernelSettings};
+use crate::cuda::{CudaRouter, DeviceError, KernelSettings};
 use crate::{AttentionShape, KvLayer, Pool, Queries};
 
 pub use cpu::{CpuRouter, CpuWeights};
@@ -191,6 +191,13 @@ pub enum RouterDevice {
         /// Blocks of the KV cache.
         kv_blocks: usize,
     },
+    /// A GPU.
+    Cuda {
+        /// With all the memory it takes.
+        router: Box<CudaRouter>,
+        /// Threads that read weights.
+        pool: Pool,
+    },
 }
 
 /// What a router of a model like `spec` computes with, as `choice` wants it; `pool` for the CPU, which is what `auto` falls back to. With
@@ -202,17 +209,12 @@ pub fn open_router(
     limits: RouterLimits,
     pool: Pool,
 ) -> Result<(RouterDevice, Option<String>), DeviceError> {
-    let (gpu, said) = choose(choice, |ordinal| open_gpu(ordinal, settings, spec))?;
-    let on_cpu = || RouterDevice::Cpu { pool, kv_blocks: limits.kv_blocks.on_cpu(spec) };
-    Ok((gpu.unwrap_or_else(on_cpu), said))
-}
-
-/// Experts run on GPUs, routers do not yet.
-fn open_gpu(ordinal: usize, settings: &KernelSettings, spec: &ModelSpec) -> Result<RouterDevice, DeviceError> {
-    let shape = (spec.hidden_size, spec.intermediate_size);
-    CudaBackend::open(ordinal, settings, ExpertDtype::Bf16, shape)?;
-    let (device, problem) = (format!("cuda:{ordinal}"), "routers run on the CPU only".to_owned());
-    Err(DeviceError::Call { device, call: "open_router", problem })
+    let (gpu, said) = choose(choice, |ordinal| CudaRouter::open(ordinal, settings, spec, limits))?;
+    let device = match gpu {
+        Some(router) => RouterDevice::Cuda { router: Box::new(router), pool },
+        None => RouterDevice::Cpu { pool, kv_blocks: limits.kv_blocks.on_cpu(spec) },
+    };
+    Ok((device, said))
 }
 
 /// The id of the highest of `logits`, in the order of [`f32::total_cmp`]; the lowest of equals.
@@ -229,6 +231,63 @@ pub fn likeliest(logits: &[f32]) -> Option<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cuda_devices;
+
+    fn spec() -> ModelSpec {
+        ModelSpec {
+            model_type: "mixtral".into(),
+            hidden_size: 32,
+            intermediate_size: 64,
+            num_hidden_layers: 2,
+            num_local_experts: 4,
+            num_experts_per_tok: 2,
+            num_attention_heads: 4,
+            num_key_value_heads: 2,
+            head_dim: 8,
+            vocab_size: 64,
+            max_position_embeddings: 128,
+            sliding_window: None,
+            rms_norm_eps: 1e-5,
+            rope_theta: 1e4,
+            tie_word_embeddings: true,
+            bos_token_id: None,
+            eos_token_ids: vec![2],
+            dtype: sirocco_types::Dtype::Bf16,
+        }
+    }
+
+    #[test]
+    fn without_a_gpu_auto_is_the_cpu_and_says_why_and_a_gpu_that_is_asked_for_is_missed_by_name() {
+        let open = |choice, kv_blocks| {
+            let limits = RouterLimits { step_tokens: 16, step_sequences: 4, kv_blocks };
+            open_router(choice, &KernelSettings::default(), &spec(), limits, Pool::new(1).unwrap())
+        };
+        let on_cpu = |choice, kv_blocks| match open(choice, kv_blocks).unwrap() {
+            (RouterDevice::Cpu { kv_blocks, .. }, said) => (kv_blocks, said),
+            (device, _) => panic!("{device:?}"),
+        };
+        let idle = cuda_devices();
+        let (blocks, said) = on_cpu(DeviceChoice::Cpu, KvBlocks::Exactly(7));
+        assert_eq!((blocks, said.is_some()), (7, !idle.is_empty()));
+        if !idle.is_empty() {
+            // With a GPU, `cargo xtask gpu-check` says what happens.
+            return;
+        }
+        let (blocks, said) = on_cpu(DeviceChoice::Auto, KvBlocks::AsFit { most: 9 });
+        assert_eq!(blocks, 9, "a GiB has more");
+        let error = open(DeviceChoice::Cuda(0), KvBlocks::Exactly(7)).unwrap_err();
+        assert_eq!(said, Some(error.to_string()));
+        let named = ["libcuda.so.1 not found: ", "cuda:0: this machine has 0 NVIDIA GPUs"];
+        assert!(named.iter().any(|start| error.to_string().starts_with(start)), "{error}");
+    }
+
+    #[test]
+    fn the_cache_of_a_router_on_the_cpu_has_a_gib_unless_it_is_told() {
+        let many = KvBlocks::AsFit { most: usize::MAX };
+        assert_eq!(many.on_cpu(&spec()), (1 << 30) / (2 * 2 * 2 * 16 * 4 * 32));
+        let large = ModelSpec { head_dim: 1 << 12, num_key_value_heads: 1 << 10, ..spec() };
+        assert_eq!(many.on_cpu(&large), 1, "even when a block takes more");
+    }
 
     #[test]
     fn the_likeliest_is_the_highest_the_lowest_of_equals_and_none_beside_what_is_no_number() {
