@@ -6,6 +6,7 @@
 //!   backend do it.
 //! - `metrics`: counts what that thread does; `load` reports it.
 //! - `departure`: when a node that is asked to stop may leave.
+//! - `share`: what several nodes on one device may take of it.
 //!
 //! It never chooses what it holds and never sees a token: only hidden states.
 #![forbid(unsafe_code)]
@@ -18,8 +19,9 @@ mod metrics;
 mod node;
 mod progress;
 mod service;
+mod share;
 #[cfg(test)]
 mod testing;
 
-pub use node::{Config, StartError, default_capacity, start};
-pub use sirocco_compute::DeviceChoice;
+pub use node::{Config, StartError, start};
+pub use share::{capacity_share, kv_share, settle};

@@ -8,8 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use sirocco_compute::GpuReadings;
-use sirocco_process::metrics::{Counter, Histogram, LATENCIES, Named, Page, Seconds};
+use sirocco_process::metrics::{Counter, Histogram, LATENCIES, Page, Seconds};
 use sirocco_proto::expert::RefusalReason;
 use sirocco_types::{ExpertKey, LoadCounters, ModelSpec};
 
@@ -91,26 +90,6 @@ impl Metrics {
         });
     }
 
-    /// Puts on `page` how the GPU fares that `read` tells of; what it does not tell is not shown.
-    pub(crate) fn watch_gpu(page: &Page, read: impl Fn() -> Option<GpuReadings> + Clone + Send + Sync + 'static) {
-        let gauge = |named: Named, value: fn(GpuReadings) -> f64| {
-            let read = read.clone();
-            page.gauge(named, &[], move |samples| {
-                if let Some(readings) = read() {
-                    samples.add(&[], value(readings));
-                }
-            });
-        };
-        gauge(
-            ("sirocco_gpu_utilisation_ratio", "Share of the last moments in which the GPU ran a kernel, 0 to 1."),
-            |gpu| gpu.utilisation,
-        );
-        gauge(("sirocco_gpu_memory_used_bytes", "Memory of the GPU that is in use, by whomever."), |gpu| {
-            gpu.memory_bytes as f64
-        });
-        gauge(("sirocco_gpu_temperature_celsius", "Temperature of the GPU."), |gpu| gpu.temperature_celsius);
-    }
-
     /// Expert `key`, one of the model, was run on `rows` rows at once.
     pub(crate) fn ran(&self, key: ExpertKey, rows: usize) {
         self.rows[index(key, self.experts_per_layer)].fetch_add(rows as u64, Ordering::Relaxed);
@@ -152,30 +131,4 @@ impl Metrics {
 /// The place of `key` among a model's experts.
 fn index(key: ExpertKey, experts_per_layer: usize) -> usize {
     key.layer.index() * experts_per_layer + key.expert.index()
-}
-
-#[cfg(test)]
-mod tests {
-    use sirocco_process::http::Health;
-
-    use super::*;
-
-    #[test]
-    fn a_gpu_is_shown_as_documented_and_not_at_all_when_it_does_not_tell() {
-        let shown = |readings: Option<GpuReadings>| {
-            let page = Page::new(&Health::new("expert-node", "e"));
-            Metrics::watch_gpu(&page, move || readings);
-            page.render().unwrap()
-        };
-        assert!(!shown(None).contains("sirocco_gpu_"));
-        let text = shown(Some(GpuReadings { utilisation: 0.5, memory_bytes: 7, temperature_celsius: 61.0 }));
-        let documented = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/metrics.md")).unwrap();
-        for (name, value) in [("utilisation_ratio", "0.5"), ("memory_used_bytes", "7"), ("temperature_celsius", "61")] {
-            let name = format!("sirocco_gpu_{name}");
-            assert!(text.contains(&format!("\n{name} {value}\n")), "{text}");
-            let help = text.lines().find_map(|line| line.strip_prefix(&format!("# HELP {name} "))).unwrap();
-            let row = format!("| `{name}` | gauge |  | {help} |");
-            assert!(documented.lines().any(|line| line == row), "{row}");
-        }
-    }
 }

@@ -6,15 +6,17 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
-use sirocco_compute::{CpuBackend, DeviceChoice, DeviceError, ExpertBackend, KernelSettings, Pool, open_backend};
+use sirocco_compute::{CpuBackend, DeviceError, ExpertBackend, Pool, open_backend};
 use sirocco_model::{Checkpoint, CheckpointError};
 use sirocco_process::http::{self, Health};
 use sirocco_process::metrics::Page;
-use sirocco_process::{BindError, LifeError, NodeArgs, Running, advertised, bind};
+use sirocco_process::{
+    BindError, DeviceArgs, LifeError, NodeArgs, Running, advertised, bind, leave_when_lost, watch_gpu,
+};
 use sirocco_proto::expert::ExpertServer;
 use sirocco_proto::server::Services;
 use sirocco_store::{ClusterState, Keys, LEASE_TTL, Mirror, Registration, Store, StoreError, to_json};
-use sirocco_types::{Device, ExpertDtype, Member, MemberState, ModelIdentity, NodeId, NodeIdError, Role};
+use sirocco_types::{Device, DeviceChoice, ExpertDtype, Member, MemberState, ModelIdentity, NodeId, NodeIdError, Role};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::{AbortOnDropHandle, TaskTracker};
@@ -25,6 +27,7 @@ use crate::load::Reporter;
 use crate::loader::Loader;
 use crate::metrics::Metrics;
 use crate::service::Service;
+use crate::share::kernel_settings;
 
 /// What an expert node is told.
 #[derive(Clone, Debug, clap::Args)]
@@ -38,15 +41,9 @@ pub struct Config {
     /// Where to serve /live, /ready, /health and /metrics
     #[arg(long, env = "SIROCCO_HTTP", value_name = "ADDR", default_value = "127.0.0.1:7501")]
     pub http: SocketAddr,
-    /// What to run experts on: cpu, an NVIDIA GPU by its number, or auto, which is the first GPU if it can be used, else the CPU
-    #[arg(long, env = "SIROCCO_DEVICE", value_name = "cpu|cuda:N|auto", default_value_t)]
-    pub device: DeviceChoice,
-    /// NVIDIA's runtime compiler, libnvrtc.so, for GPUs [default: the system's]
-    #[arg(long, env = "SIROCCO_NVRTC", value_name = "FILE")]
-    pub nvrtc: Option<PathBuf>,
-    /// Where to keep kernels compiled for GPUs [default: sirocco/kernels in the user's cache folder]
-    #[arg(long, env = "SIROCCO_KERNEL_CACHE", value_name = "FOLDER")]
-    pub kernel_cache: Option<PathBuf>,
+    /// What to run experts on
+    #[command(flatten)]
+    pub device: DeviceArgs,
     /// Compute threads, of the CPU
     #[arg(long, env = "SIROCCO_THREADS", value_name = "N", default_value_t = sirocco_process::default_threads())]
     pub threads: usize,
@@ -157,7 +154,7 @@ pub async fn start(
     metrics.watch(&page, &held, capacity_bytes, &batcher);
     if backend.kind() == "cuda" {
         let gpu = Arc::clone(&backend);
-        Metrics::watch_gpu(&page, move || gpu.readings());
+        watch_gpu(&page, move || gpu.readings());
     }
     let tasks = TaskTracker::new();
     tasks.spawn(leave_when_lost(lost.clone(), leave.clone(), health.clone()));
@@ -245,15 +242,14 @@ impl Life {
 /// What experts run on, as `config` wants it, for those of `checkpoint`. Takes seconds when kernels are compiled.
 async fn backend(config: &Config, checkpoint: &Checkpoint) -> Result<Arc<dyn ExpertBackend>, StartError> {
     let pool = Pool::new(config.threads).map_err(|error| StartError::Threads(error.to_string()))?;
-    let (spec, device) = (checkpoint.spec(), config.device);
+    let (spec, device) = (checkpoint.spec(), config.device.device);
     let cpu = CpuBackend {
         pool,
         dtype: config.expert_dtype,
         hidden_size: spec.hidden_size,
         intermediate_size: spec.intermediate_size,
     };
-    let cache = config.kernel_cache.clone().or_else(default_kernel_cache);
-    let settings = KernelSettings { nvrtc: config.nvrtc.clone(), cache };
+    let settings = kernel_settings(&config.device);
     let opened = tokio::task::spawn_blocking(move || open_backend(device, &settings, cpu)).await;
     let (backend, said) = opened.map_err(std::io::Error::other)??;
     match said {
@@ -274,18 +270,6 @@ fn capacity(asked: Option<u64>, room: Option<u64>) -> Result<u64, StartError> {
     }
 }
 
-/// Leaves at once when the device is `lost`: what the node holds, it cannot run any more.
-async fn leave_when_lost(lost: CancellationToken, leave: CancellationToken, health: Health) {
-    tokio::select! {
-        () = lost.cancelled() => {
-            tracing::error!("the device is lost; the node leaves");
-            health.not_ready("the device is lost");
-            leave.cancel();
-        }
-        () = leave.cancelled() => {}
-    }
-}
-
 /// What the node computes with, for people to read.
 fn device_name(backend: &dyn ExpertBackend, dtype: ExpertDtype) -> String {
     match dtype {
@@ -294,15 +278,8 @@ fn device_name(backend: &dyn ExpertBackend, dtype: ExpertDtype) -> String {
     }
 }
 
-/// `sirocco/kernels` in the folder that the system has for what can be made again.
-fn default_kernel_cache() -> Option<PathBuf> {
-    let folder = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
-    let caches = folder("XDG_CACHE_HOME").or_else(|| Some(folder("HOME")?.join(".cache")))?;
-    Some(caches.join("sirocco/kernels"))
-}
-
 /// Four fifths of the machine's memory, in bytes.
-pub fn default_capacity() -> u64 {
+pub(crate) fn default_capacity() -> u64 {
     let info = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let total =
         info.lines().find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok());
@@ -321,15 +298,5 @@ mod tests {
         assert_eq!(capacity(None, None).unwrap(), default_capacity());
         let error = capacity(Some(10), Some(9)).unwrap_err().to_string();
         assert_eq!(error, "--capacity-bytes: 10, the device has room for 9");
-    }
-
-    #[tokio::test]
-    async fn a_node_whose_device_is_lost_leaves_and_one_that_leaves_waits_for_no_device() {
-        let health = Health::new("expert-node", "e");
-        let (lost, leave) = (CancellationToken::new(), CancellationToken::new());
-        lost.cancel();
-        leave_when_lost(lost, leave.clone(), health.clone()).await;
-        assert!(leave.is_cancelled());
-        leave_when_lost(CancellationToken::new(), leave, health).await;
     }
 }

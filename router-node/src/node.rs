@@ -5,14 +5,20 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use sirocco_compute::{Pool, cpu_description};
-use sirocco_model::{ChatTemplate, Checkpoint, CheckpointError, Grammars, KvCache, Model, Tokenizer, TokenizerError};
+use sirocco_compute::{
+    BLOCK_TOKENS, DeviceError, KernelSettings, KvBlocks, Pool, RouterDevice, RouterLimits, kv_block_bytes, open_router,
+};
+use sirocco_model::{ChatTemplate, Checkpoint, CheckpointError, Grammars, Model, Tokenizer, TokenizerError};
 use sirocco_process::http::{self, Health, Serving};
 use sirocco_process::metrics::Page;
-use sirocco_process::{BindError, LifeError, NodeArgs, Running, advertised, bind};
+use sirocco_process::{
+    BindError, DeviceArgs, LifeError, NodeArgs, Running, advertised, bind, leave_when_lost, watch_gpu,
+};
 use sirocco_proto::server::Services;
 use sirocco_store::{ClusterState, Keys, LEASE_TTL, Mirror, Registration, Store, StoreError, to_json};
-use sirocco_types::{Device, Epoch, Member, MemberState, ModelIdentity, ModelSpec, NodeId, NodeIdError, Role};
+use sirocco_types::{
+    Device, DeviceChoice, Epoch, Member, MemberState, ModelIdentity, ModelSpec, NodeId, NodeIdError, Role,
+};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -35,7 +41,6 @@ use crate::topology::{self, Topology};
 const MAX_SEQUENCES: u32 = 32;
 const MAX_QUEUE: u32 = 256;
 const STEP_TOKENS: u32 = 512;
-const KV_BYTES: u64 = 1 << 30;
 const OVERLAP_ROWS: u32 = 16;
 const EXPERT_TIMEOUT_S: u64 = 60;
 
@@ -51,7 +56,10 @@ pub struct Config {
     /// Where to serve the OpenAI-compatible API under /v1, and /live, /ready, /health and /metrics
     #[arg(long, env = "SIROCCO_HTTP", value_name = "ADDR", default_value = "127.0.0.1:8000")]
     pub http: SocketAddr,
-    /// Compute threads
+    /// What to run attention and the gates on
+    #[command(flatten)]
+    pub device: DeviceArgs,
+    /// Compute threads, of the CPU
     #[arg(long, env = "SIROCCO_THREADS", value_name = "N", default_value_t = sirocco_process::default_threads())]
     pub threads: usize,
     /// Sequences computed at once
@@ -63,9 +71,9 @@ pub struct Config {
     /// Tokens computed in one step; longer prompts are cut into chunks
     #[arg(long, env = "SIROCCO_STEP_TOKENS", value_name = "N", default_value_t = STEP_TOKENS, value_parser = clap::value_parser!(u32).range(1..))]
     pub step_tokens: u32,
-    /// Most memory for the KV cache, in bytes
-    #[arg(long, env = "SIROCCO_KV_BYTES", value_name = "BYTES", default_value_t = KV_BYTES)]
-    pub kv_bytes: u64,
+    /// Most memory for the KV cache, in bytes [default: 1 GiB, or what the GPU has room for]
+    #[arg(long, env = "SIROCCO_KV_BYTES", value_name = "BYTES")]
+    pub kv_bytes: Option<u64>,
     /// A step is computed in two halves, so that the attention of one hides the experts of the other, when each half has this
     /// many rows for each expert on average; 0 never does. Halving smaller steps would read the experts' weights twice
     #[arg(long, env = "SIROCCO_OVERLAP_ROWS", value_name = "N", default_value_t = OVERLAP_ROWS)]
@@ -86,11 +94,12 @@ impl Config {
             model,
             grpc: any,
             http: any,
+            device: DeviceArgs::default(),
             threads: sirocco_process::default_threads(),
             max_sequences: MAX_SEQUENCES,
             max_queue: MAX_QUEUE,
             step_tokens: STEP_TOKENS,
-            kv_bytes: KV_BYTES,
+            kv_bytes: None,
             overlap_rows: OVERLAP_ROWS,
             expert_timeout_s: EXPERT_TIMEOUT_S,
             policy: Policy::default(),
@@ -122,6 +131,9 @@ pub enum StartError {
     /// The system refuses threads or sockets.
     #[error("the system refuses: {0}")]
     System(#[from] std::io::Error),
+    /// The device cannot be used.
+    #[error("--device: {0}")]
+    Device(#[from] DeviceError),
     /// The compute threads cannot be started.
     #[error("--threads: {0}")]
     Threads(String),
@@ -143,6 +155,8 @@ pub async fn start(
     shutdown: CancellationToken,
 ) -> Result<Running, StartError> {
     let started = Instant::now();
+    // What this node ends by itself ends nothing beside it.
+    let shutdown = shutdown.child_token();
     let id = NodeId::new(&args.id)?;
     let keys = Keys::new(&args.cluster)?;
     let (callers, reload) = Callers::open(config.policy.api_keys.as_deref())?;
@@ -150,14 +164,13 @@ pub async fn start(
     let http = bind("--http", config.http).await?;
     let (grpc_at, http_at) = (grpc.local_addr()?, http.local_addr()?);
     let reached_at = advertised(grpc_at, http_at, args.advertise.as_deref())?;
-    let (folder, threads) = (config.model.clone(), config.threads);
-    let loaded = tokio::task::spawn_blocking(move || Loaded::read(&folder, threads)).await;
+    let of_router = config.clone();
+    let loaded = tokio::task::spawn_blocking(move || Loaded::read(&of_router)).await;
     let Loaded { identity, tokenizer, grammars, chat, model } = loaded.map_err(std::io::Error::other)??;
     let limits = EngineLimits {
         sequences: config.max_sequences as usize,
         queue: config.max_queue as usize,
         step_tokens: config.step_tokens as usize,
-        kv_blocks: kv_blocks(&config, &identity.spec)?,
         overlap_rows: config.overlap_rows as usize,
     };
 
@@ -170,7 +183,7 @@ pub async fn start(
         version: env!("CARGO_PKG_VERSION").to_owned(),
         incarnation: sirocco_process::incarnation(),
         zone: None,
-        device: Some(Device { kind: "cpu".into(), name: cpu_description(config.threads) }),
+        device: Some(Device { kind: model.router().kind().into(), name: model.router().name() }),
         capacity_bytes: None,
         speed: None,
         max_experts_per_layer: None,
@@ -193,6 +206,9 @@ pub async fn start(
     let (sender, topology) = watch::channel(Arc::new(Topology::default()));
     let page = Page::new(&health);
     let metrics = Arc::new(Metrics::new(&page));
+    if let Some(gauge) = model.router().gauge() {
+        watch_gpu(&page, move || gauge());
+    }
     let (told, epoch) = watch::channel(Epoch::default());
     let (states_of, metrics_of) = (states.clone(), Arc::clone(&metrics));
     tasks.spawn(topology::follow(states_of, sender, told, metrics_of, home, shutdown.clone()));
@@ -212,7 +228,15 @@ pub async fn start(
         retries: Arc::new(Budget::of_retries()),
         metrics: Arc::clone(&metrics),
     };
-    let parts = Parts { model, tokenizer: Arc::clone(&tokenizer), experts, limits, metrics: Arc::clone(&metrics) };
+    let lost = CancellationToken::new();
+    let parts = Parts {
+        model,
+        tokenizer: Arc::clone(&tokenizer),
+        experts,
+        limits,
+        metrics: Arc::clone(&metrics),
+        lost: lost.clone(),
+    };
     let (engine, engine_thread) = Engine::start(parts, waiting, connections)?;
     Metrics::watch(&page, &engine, topology.clone());
     let serving =
@@ -231,11 +255,12 @@ pub async fn start(
     let routes =
         http::routes(health.clone(), page).merge(page::routes()).merge(openai::routes(Arc::clone(&intake), chat));
     let service = api::service(intake);
+    tasks.spawn(leave_when_lost(lost.clone(), shutdown.clone(), health.clone()));
     let fronts = Fronts { grpc, services: Services::default().with(service), http, serving, routes };
     let presence = Presence { member, member_key, registration, health: health.clone() };
     let presence = AbortOnDropHandle::new(tokio::spawn(presence.keep(states, epoch, shutdown.clone())));
     let grace = serving.grace;
-    let life = Life { presence, mirror, tasks, engine_thread, shutdown, grace };
+    let life = Life { presence, mirror, tasks, engine_thread, shutdown, lost, grace };
     let life = tokio::spawn(life.run(fronts, health.clone()));
     Ok(Running { id: args.id, grpc: grpc_at, http: http_at, health, life: AbortOnDropHandle::new(life) })
 }
@@ -250,12 +275,20 @@ struct Loaded {
 }
 
 impl Loaded {
-    fn read(folder: &Path, threads: usize) -> Result<Self, StartError> {
+    fn read(config: &Config) -> Result<Self, StartError> {
+        let folder = &config.model;
         let checkpoint = Checkpoint::open(folder)?;
+        let device = device(config, checkpoint.spec())?;
         let tokenizer = Tokenizer::load(folder, checkpoint.spec())?;
-        let pool = Pool::new(threads).map_err(|error| StartError::Threads(error.to_string()))?;
-        let model = Model::load(&checkpoint, pool)?;
-        tracing::info!(bytes = model.bytes(), "model loaded, without its experts");
+        let model = Model::load(&checkpoint, device)?;
+        let router = model.router();
+        tracing::info!(
+            device = router.kind(),
+            name = router.name(),
+            bytes = router.weight_bytes(),
+            kv_tokens = router.kv_blocks() * BLOCK_TOKENS,
+            "model loaded, without its experts"
+        );
         let chat = chat(folder, &checkpoint.identity().name);
         if let Err(problem) = &chat {
             tracing::warn!("chats will be refused: {problem}");
@@ -275,14 +308,35 @@ fn chat(folder: &Path, model: &str) -> Chat {
     template.ok_or_else(|| format!("the model {model} has no chat template"))
 }
 
+/// What a model like `spec` runs on, as `config` wants it. Takes seconds when kernels are compiled.
+fn device(config: &Config, spec: &ModelSpec) -> Result<RouterDevice, StartError> {
+    let DeviceArgs { device, nvrtc, .. } = &config.device;
+    let settings = KernelSettings { nvrtc: nvrtc.clone(), cache: config.device.kernel_folder() };
+    let limits = RouterLimits {
+        step_tokens: config.step_tokens as usize,
+        step_sequences: config.max_sequences as usize,
+        kv_blocks: kv_blocks(config, spec)?,
+    };
+    let pool = Pool::new(config.threads).map_err(|error| StartError::Threads(error.to_string()))?;
+    let (opened, said) = open_router(*device, &settings, spec, limits, pool)?;
+    match said {
+        Some(reason) if *device == DeviceChoice::Auto => {
+            tracing::warn!(reason, "no GPU can be used; the router runs on the CPU");
+        }
+        Some(reason) => tracing::warn!(reason, "the router runs on the CPU"),
+        None => {}
+    }
+    Ok(opened)
+}
+
 /// Blocks that the budget pays for, but no more than every sequence at full length can use.
-fn kv_blocks(config: &Config, spec: &ModelSpec) -> Result<usize, StartError> {
-    let block = KvCache::block_bytes(spec);
-    let affordable = config.kv_bytes / block as u64;
-    let usable = config.max_sequences as usize * spec.max_position_embeddings.div_ceil(KvCache::BLOCK_TOKENS);
-    match usize::try_from(affordable).unwrap_or(usize::MAX).min(usable) {
-        0 => Err(StartError::KvCache { given: config.kv_bytes, block }),
-        blocks => Ok(blocks),
+fn kv_blocks(config: &Config, spec: &ModelSpec) -> Result<KvBlocks, StartError> {
+    let most = config.max_sequences as usize * spec.max_position_embeddings.div_ceil(BLOCK_TOKENS);
+    let Some(given) = config.kv_bytes else { return Ok(KvBlocks::AsFit { most }) };
+    let block = kv_block_bytes(spec);
+    match usize::try_from(given / block as u64).unwrap_or(usize::MAX).min(most) {
+        0 => Err(StartError::KvCache { given, block }),
+        blocks => Ok(KvBlocks::Exactly(blocks)),
     }
 }
 
@@ -343,6 +397,8 @@ struct Life {
     tasks: TaskTracker,
     engine_thread: std::thread::JoinHandle<()>,
     shutdown: CancellationToken,
+    /// Cancelled when the device is lost.
+    lost: CancellationToken,
     grace: Duration,
 }
 
@@ -364,10 +420,11 @@ impl Life {
         let all = async { tokio::join!(self.tasks.wait(), engine).1 };
         match tokio::time::timeout(self.grace, all).await {
             Ok(Ok(Err(_))) => Err("the engine failed".into()),
+            Ok(_) if self.lost.is_cancelled() => Err("the device was lost".into()),
             Ok(_) => served.map_err(LifeError::from).and(answered.map_err(LifeError::from)),
             Err(_) => {
                 tracing::warn!("work was still under way at the end of the grace period");
-                Ok(served?)
+                if self.lost.is_cancelled() { Err("the device was lost".into()) } else { Ok(served?) }
             }
         }
     }

@@ -96,10 +96,17 @@ impl Cluster {
     /// Starts `count` expert nodes more, with more variables of environment; returns when they listen.
     pub fn add_experts(&mut self, count: usize, model: &Path, envs: &[(&str, &str)]) -> Result<()> {
         let first = self.experts.len();
-        let mut launcher = self.launcher.clone();
-        launcher.envs.extend(envs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
+        let launcher = self.launcher.with(envs);
         let new = listening((first..first + count).map(|index| launcher.expert(index, model)))?;
         self.experts.extend(new);
+        Ok(())
+    }
+
+    /// Starts a router more, with more variables of environment; returns when it is ready.
+    pub fn add_router(&mut self, model: &Path, envs: &[(&str, &str)]) -> Result<()> {
+        let mut router = self.launcher.with(envs).router(self.routers.len(), model)?.listening()?;
+        router.process.wait_for_line("ready")?;
+        self.routers.push(router);
         Ok(())
     }
 
@@ -129,6 +136,13 @@ struct Launcher {
 }
 
 impl Launcher {
+    /// The same with more variables of environment.
+    fn with(&self, envs: &[(&str, &str)]) -> Self {
+        let mut launcher = self.clone();
+        launcher.envs.extend(envs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
+        launcher
+    }
+
     fn coordinator(&self, index: usize) -> Result<Starting> {
         self.begin("coordinator", &format!("coordinator-{index}"), None)
     }

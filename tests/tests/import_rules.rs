@@ -15,7 +15,7 @@ struct Rule {
 
 const RULES: [Rule; 12] = [
     Rule { package: "sirocco-types", may: &[], never: &["tokio", "tonic", "cudarc"] },
-    Rule { package: "sirocco-process", may: &[], never: &["tonic", "etcd-client", "cudarc"] },
+    Rule { package: "sirocco-process", may: &["sirocco-types"], never: &["tonic", "etcd-client", "cudarc"] },
     Rule { package: "sirocco-proto", may: &["sirocco-types"], never: &["etcd-client", "cudarc"] },
     Rule { package: "sirocco-store", may: &["sirocco-types"], never: &["cudarc"] },
     Rule { package: "sirocco-compute", may: &["sirocco-types"], never: &["tokio", "tonic", "etcd-client"] },

@@ -42,7 +42,7 @@ pub(crate) fn check(when_missing: WhenMissing) -> Result<()> {
         ])?)
     })?;
     step("programs", || succeed(&mut cargo(&["build", "--locked", "--workspace", "--bins"])?))?;
-    step("goldens on a GPU, and on GPU and CPU nodes together", || {
+    step("goldens with routers and experts on a GPU, and beside routers and experts on CPUs", || {
         let test = ["test", "--locked", "-p", "sirocco-testkit", "--test", "e2e", "--", "--ignored", "control::gpu::"];
         succeed(&mut cargo(&test)?)
     })?;

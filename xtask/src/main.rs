@@ -45,8 +45,8 @@ Commands:
       --minutes M    How long [default: 10]
   chaos table    The same faults one by one, each measured and printed beside its bar; fails when one is missed
       -o json        Print a list of objects instead of a table
-  gpu-check      Check what needs an NVIDIA GPU: kernels, goldens, clusters of GPU and CPU nodes, and memory by
-                 compute-sanitizer when it is there. Fails, saying what is missing, where there is no GPU
+  gpu-check      Check what needs an NVIDIA GPU: kernels, routers and experts, goldens, clusters of GPU and CPU nodes, and
+                 memory by compute-sanitizer when it is there. Fails, saying what is missing, where there is no GPU
       --no-install   As for test
   help           Print this
 

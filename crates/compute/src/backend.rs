@@ -1,52 +1,13 @@
 //! Where an expert node keeps its experts and runs them: the CPU or a GPU, behind one trait.
 
 use std::fmt;
-use std::str::FromStr;
 
 use sirocco_types::ExpertDtype;
 
 use crate::cuda::{CudaBackend, DeviceError, KernelSettings, cuda_devices};
 use crate::{ExpertPacker, ExpertWeights, Pool, cpu_description};
 
-/// What a node computes with, as it is asked for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum DeviceChoice {
-    /// The CPU.
-    #[default]
-    Cpu,
-    /// The NVIDIA GPU of this number, from 0 on, as the driver counts them.
-    Cuda(usize),
-    /// The first NVIDIA GPU when it can be used, else the CPU.
-    Auto,
-}
-
-impl fmt::Display for DeviceChoice {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Cpu => f.write_str("cpu"),
-            Self::Cuda(ordinal) => write!(f, "cuda:{ordinal}"),
-            Self::Auto => f.write_str("auto"),
-        }
-    }
-}
-
-/// A device that is none.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is no device, must be cpu, cuda:0 (or another number) or auto")]
-pub struct UnknownDevice(String);
-
-impl FromStr for DeviceChoice {
-    type Err = UnknownDevice;
-
-    fn from_str(text: &str) -> Result<Self, UnknownDevice> {
-        match (text, text.strip_prefix("cuda:").map(str::parse)) {
-            ("cpu", _) => Ok(Self::Cpu),
-            ("auto", _) => Ok(Self::Auto),
-            (_, Some(Ok(ordinal))) => Ok(Self::Cuda(ordinal)),
-            _ => Err(UnknownDevice(text.to_owned())),
-        }
-    }
-}
+pub use sirocco_types::{DeviceChoice, GpuReadings};
 
 /// Rows to be run by experts.
 pub struct Batch<'a> {
@@ -63,17 +24,6 @@ pub struct Part<'a> {
     pub weights: &'a ExpertWeights,
     /// Which hidden states, as [`Batch::append`] numbers them; any may be there more than once.
     pub rows: Vec<usize>,
-}
-
-/// How a GPU fares.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct GpuReadings {
-    /// Share of time in which a kernel ran, 0 to 1.
-    pub utilisation: f64,
-    /// Memory in use, by whomever.
-    pub memory_bytes: u64,
-    /// Of the die.
-    pub temperature_celsius: f64,
 }
 
 /// Keeps experts of one shape and runs them.
@@ -151,18 +101,31 @@ pub fn open_backend(
     cpu: CpuBackend,
 ) -> Result<(Box<dyn ExpertBackend>, Option<String>), DeviceError> {
     let shape = (cpu.hidden_size, cpu.intermediate_size);
-    let open = |ordinal| CudaBackend::open(ordinal, settings, cpu.dtype, shape);
+    let (gpu, said) = choose(choice, |ordinal| CudaBackend::open(ordinal, settings, cpu.dtype, shape))?;
+    let backend: Box<dyn ExpertBackend> = match gpu {
+        Some(gpu) => Box::new(gpu),
+        None => Box::new(cpu),
+    };
+    Ok((backend, said))
+}
+
+/// What `open` makes of the GPU that `choice` wants; none for the CPU. With it comes why a GPU that may be there is not used, if there is
+/// something to say.
+pub(crate) fn choose<G>(
+    choice: DeviceChoice,
+    open: impl FnOnce(usize) -> Result<G, DeviceError>,
+) -> Result<(Option<G>, Option<String>), DeviceError> {
     match choice {
-        DeviceChoice::Cuda(ordinal) => Ok((Box::new(open(ordinal)?), None)),
-        DeviceChoice::Auto => match open(0) {
-            Ok(gpu) => Ok((Box::new(gpu), None)),
-            Err(error) => Ok((Box::new(cpu), Some(error.to_string()))),
-        },
+        DeviceChoice::Cuda(ordinal) => Ok((Some(open(ordinal)?), None)),
+        DeviceChoice::Auto => Ok(match open(0) {
+            Ok(gpu) => (Some(gpu), None),
+            Err(error) => (None, Some(error.to_string())),
+        }),
         DeviceChoice::Cpu => {
             let idle = cuda_devices();
             let said =
                 (!idle.is_empty()).then(|| format!("--device is cpu, so that GPUs stay idle: {}", idle.join(", ")));
-            Ok((Box::new(cpu), said))
+            Ok((None, said))
         }
     }
 }
@@ -173,19 +136,6 @@ mod tests {
 
     fn cpu() -> CpuBackend {
         CpuBackend { pool: Pool::new(1).unwrap(), dtype: ExpertDtype::Bf16, hidden_size: 8, intermediate_size: 16 }
-    }
-
-    #[test]
-    fn a_device_reads_as_it_is_written_and_what_is_none_is_named() {
-        for (text, choice) in
-            [("cpu", DeviceChoice::Cpu), ("auto", DeviceChoice::Auto), ("cuda:3", DeviceChoice::Cuda(3))]
-        {
-            assert_eq!((text.parse(), choice.to_string().as_str()), (Ok(choice), text));
-        }
-        for text in ["", "cuda", "cuda:", "cuda:-1", "gpu", "CPU", "cuda:0 "] {
-            let error = text.parse::<DeviceChoice>().unwrap_err().to_string();
-            assert_eq!(error, format!("{text:?} is no device, must be cpu, cuda:0 (or another number) or auto"));
-        }
     }
 
     #[test]

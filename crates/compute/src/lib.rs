@@ -9,8 +9,8 @@
 //! forced with [`Pool::with_isa`].
 //!
 //! This is the only crate with `unsafe`: vector intrinsics, threads that share a job and write disjoint parts of one output,
-//! memory in huge pages, and NVIDIA's driver, compiler and management library. Experts run on GPUs too ([`CudaBackend`]), by a
-//! rule of their own; all else runs on the CPU.
+//! memory in huge pages, and NVIDIA's driver, compiler and management library. Experts and routers run on GPUs too ([`CudaBackend`],
+//! [`CudaRouter`]), by rules of their own.
 
 mod attention;
 mod backend;
@@ -27,12 +27,13 @@ mod packed;
 mod pages;
 mod pool;
 mod quant;
+mod router;
 mod wide;
 
 pub use attention::{AttentionShape, BLOCK_TOKENS, KvLayer, Queries, attend};
-pub use backend::{Batch, CpuBackend, DeviceChoice, ExpertBackend, GpuReadings, Part, UnknownDevice, open_backend};
+pub use backend::{Batch, CpuBackend, DeviceChoice, ExpertBackend, GpuReadings, Part, open_backend};
 pub use combine::weighted_sum;
-pub use cuda::{CudaBackend, DeviceError, KernelSettings, cuda_devices};
+pub use cuda::{CudaBackend, CudaRouter, DeviceError, GpuMemory, KernelSettings, cuda_devices, probe_gpu};
 pub use device::cpu_description;
 pub use exp::exp_relative;
 pub use ffn::{ExpertMatrix, ExpertPacker, ExpertWeights};
@@ -41,3 +42,7 @@ pub use matmul::matmul;
 pub use norm::{Rotary, rms_norm, softmax};
 pub use packed::{PackedMatrix, Packer, ShapeMismatch};
 pub use pool::Pool;
+pub use router::{
+    CpuRouter, CpuWeights, GpuGauge, KvBlocks, LANES, RouterBackend, RouterDevice, RouterLimits, RouterMatrix,
+    RouterVector, argmax, kv_block_bytes, likeliest, open_router,
+};

@@ -12,7 +12,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use half::bf16;
 use safetensors::tensor::{Metadata, TensorInfo};
-use sirocco_compute::{DeviceError, ExpertMatrix, ExpertPacker, ExpertWeights, PackedMatrix, Packer};
+use sirocco_compute::{
+    DeviceError, ExpertMatrix, ExpertPacker, ExpertWeights, PackedMatrix, Packer, RouterMatrix, RouterVector,
+};
 use sirocco_types::{ExpertDtype, ExpertKey, Fingerprint, LayerId, ModelIdentity, ModelSpec};
 
 use crate::config::{read_json, read_spec};
@@ -75,7 +77,7 @@ pub enum CheckpointError {
         /// Why not; an early end of file means that the file was cut.
         error: std::io::Error,
     },
-    /// The device does not take an expert.
+    /// The device does not take an expert, or a router's weights.
     #[error(transparent)]
     Device(#[from] DeviceError),
 }
@@ -159,11 +161,12 @@ impl Checkpoint {
         Ok(packer.finish()?)
     }
 
-    /// Reads and packs a matrix.
-    pub(crate) fn matrix(&self, tensor: &str) -> Result<PackedMatrix, CheckpointError> {
-        let (outputs, inputs) = self.matrix_shape(tensor)?;
+    /// Reads a matrix of a router and packs it for the CPU.
+    pub(crate) fn router_matrix(&self, matrix: RouterMatrix) -> Result<PackedMatrix, CheckpointError> {
+        let tensor = router_matrix_tensor(matrix);
+        let (outputs, inputs) = self.matrix_shape(&tensor)?;
         let mut packer = Packer::new(outputs, inputs);
-        self.read_rows(tensor, Packer::ROWS, |bytes| packer.push_rows(bytes))?;
+        self.read_rows(&tensor, Packer::ROWS, |bytes| packer.push_rows(bytes))?;
         Ok(packer.finish())
     }
 
@@ -189,11 +192,19 @@ impl Checkpoint {
         }
     }
 
-    /// Reads a vector.
-    pub(crate) fn vector(&self, tensor: &str) -> Result<Vec<f32>, CheckpointError> {
-        let (_, info) = self.find(tensor)?;
-        let mut bytes = vec![0; info.data_offsets.1 - info.data_offsets.0];
-        self.read(tensor, 0, &mut bytes)?;
+    /// Reads a matrix of a router as it is stored, `[outputs, inputs]` little-endian bf16.
+    pub(crate) fn router_matrix_rows(&self, matrix: RouterMatrix) -> Result<Vec<u8>, CheckpointError> {
+        let tensor = router_matrix_tensor(matrix);
+        let mut rows = vec![0; self.tensor_bytes(&tensor)?];
+        self.read(&tensor, 0, &mut rows)?;
+        Ok(rows)
+    }
+
+    /// Reads a vector of a router.
+    pub(crate) fn router_vector(&self, vector: RouterVector) -> Result<Vec<f32>, CheckpointError> {
+        let tensor = router_vector_tensor(vector);
+        let mut bytes = vec![0; self.tensor_bytes(&tensor)?];
+        self.read(&tensor, 0, &mut bytes)?;
         Ok(bytes.as_chunks::<2>().0.iter().map(|&value| bf16::from_le_bytes(value).to_f32()).collect())
     }
 
@@ -266,6 +277,28 @@ pub(crate) fn load_each<T: Sync, L: Send>(
 /// The name of one weight (`w1`, `w2` or `w3`) of an expert.
 pub(crate) fn expert_tensor(key: ExpertKey, weight: &str) -> String {
     format!("model.layers.{}.block_sparse_moe.experts.{}.{weight}.weight", key.layer, key.expert)
+}
+
+/// The name of a matrix of a router.
+fn router_matrix_tensor(matrix: RouterMatrix) -> String {
+    match matrix {
+        RouterMatrix::Embedding => "model.embed_tokens.weight".into(),
+        RouterMatrix::LmHead => "lm_head.weight".into(),
+        RouterMatrix::Q(layer) => layer_tensor(layer, "self_attn.q_proj"),
+        RouterMatrix::K(layer) => layer_tensor(layer, "self_attn.k_proj"),
+        RouterMatrix::V(layer) => layer_tensor(layer, "self_attn.v_proj"),
+        RouterMatrix::O(layer) => layer_tensor(layer, "self_attn.o_proj"),
+        RouterMatrix::Gate(layer) => layer_tensor(layer, "block_sparse_moe.gate"),
+    }
+}
+
+/// The name of a vector of a router.
+fn router_vector_tensor(vector: RouterVector) -> String {
+    match vector {
+        RouterVector::AttentionNorm(layer) => layer_tensor(layer, "input_layernorm"),
+        RouterVector::ExpertsNorm(layer) => layer_tensor(layer, "post_attention_layernorm"),
+        RouterVector::Norm => "model.norm.weight".into(),
+    }
 }
 
 /// The name of a layer's tensor.

@@ -1,44 +1,28 @@
-//! The forward pass of a router node: everything but the experts.
+//! The forward pass of a router node: everything but the experts, on whatever device computes it.
 //!
-//! A step computes chunks of several sequences at once, prompts and single tokens mixed. Each row of every matrix is one
-//! token and is computed alone, so a sequence's results do not depend on its batch mates or on how it was cut into chunks.
+//! A step computes chunks of several sequences at once, prompts and single tokens mixed. A sequence's results do not depend on its
+//! batch mates or on how it was cut into chunks.
 //!
-//! A step may come in several batches: while one waits for its experts, another computes its attention.
+//! A step may come in two batches: while one waits for its experts, the other computes its attention.
 
 use std::cell::RefCell;
 use std::time::{Duration, Instant};
 
-use sirocco_compute::{PackedMatrix, Pool, Queries, Rotary, attend, matmul, rms_norm};
+use sirocco_compute::{
+    CpuRouter, CpuWeights, DeviceError, LANES, Queries, RouterBackend, RouterDevice, RouterMatrix, RouterVector,
+    likeliest,
+};
 use sirocco_types::{LayerId, ModelSpec, Routing};
 
-use crate::checkpoint::{layer_tensor, load_each};
-use crate::gate::route;
+use crate::checkpoint::load_each;
 use crate::turns::by_turns;
-use crate::{Checkpoint, CheckpointError, Experts, ExpertsError, KvCache};
+use crate::{Checkpoint, CheckpointError, Experts, ExpertsError};
 
-/// A model without its experts.
+/// A model without its experts, and its KV cache.
 #[derive(Debug)]
 pub struct Model {
     spec: ModelSpec,
-    embedding: PackedMatrix,
-    layers: Vec<Layer>,
-    norm: Vec<f32>,
-    /// None when the embedding serves as the output projection too.
-    lm_head: Option<PackedMatrix>,
-    rotary: Rotary,
-    pool: Pool,
-}
-
-/// A layer without its experts.
-#[derive(Debug)]
-struct Layer {
-    attention_norm: Vec<f32>,
-    q: PackedMatrix,
-    k: PackedMatrix,
-    v: PackedMatrix,
-    o: PackedMatrix,
-    experts_norm: Vec<f32>,
-    gate: PackedMatrix,
+    router: Box<dyn RouterBackend>,
 }
 
 /// A sequence's part of a step.
@@ -48,7 +32,7 @@ pub struct SequenceChunk<'a> {
     pub blocks: &'a [u32],
     /// Position of the chunk's first token; everything before has been computed.
     pub start: usize,
-    /// The chunk's tokens, each below `vocab_size`.
+    /// The chunk's tokens, at least one, each below `vocab_size`.
     pub tokens: &'a [u32],
     /// After which of its tokens to compute logits.
     pub logits: Logits,
@@ -61,6 +45,8 @@ pub struct SequenceChunk<'a> {
 pub enum Logits {
     /// After none.
     None,
+    /// After the last one, and only which token is the likeliest is told.
+    Likeliest,
     /// After the last one.
     Last,
     /// After each.
@@ -72,6 +58,8 @@ pub enum Logits {
 pub struct StepOutput {
     /// `[vocab_size]` for each token whose logits are wanted, in order.
     pub logits: Vec<Vec<f32>>,
+    /// For each chunk of [`Logits::Likeliest`], in order, the likeliest next token; none where logits are not all finite.
+    pub likeliest: Vec<Option<u32>>,
     /// For each layer, the experts of every token of the step, chunk after chunk.
     pub routing: Vec<Routing>,
     /// For each chunk the layer in which it came to values that are not finite, if it did; its logits say nothing then.
@@ -89,81 +77,51 @@ pub struct StepTimes {
     pub logits: Duration,
 }
 
-/// What became of one batch.
-struct BatchOutput {
-    /// `[tokens, hidden]`
-    hidden: Vec<f32>,
-    /// By layer.
-    routing: Vec<Routing>,
-    /// By chunk.
-    overflows: Vec<Option<LayerId>>,
-    attention: Duration,
-}
-
-/// What a batch's layers write, one after the other; kept from layer to layer.
-struct Buffers {
-    /// `[tokens, hidden]`
-    normed: Vec<f32>,
-    /// `[tokens, heads, head_dim]`
-    q: Vec<f32>,
-    /// `[tokens, kv_heads, head_dim]`
-    k: Vec<f32>,
-    /// `[tokens, kv_heads, head_dim]`
-    v: Vec<f32>,
-    /// `[tokens, heads, head_dim]`
-    attended: Vec<f32>,
-    /// `[tokens, hidden]`
-    projected: Vec<f32>,
-}
-
-impl Buffers {
-    fn new(spec: &ModelSpec, tokens: usize) -> Self {
-        let zeros = |width: usize| vec![0.0; tokens * width];
-        let (q_width, kv_width) = (spec.num_attention_heads * spec.head_dim, spec.num_key_value_heads * spec.head_dim);
-        Self {
-            normed: zeros(spec.hidden_size),
-            q: zeros(q_width),
-            k: zeros(kv_width),
-            v: zeros(kv_width),
-            attended: zeros(q_width),
-            projected: zeros(spec.hidden_size),
-        }
-    }
+/// Why a step gives nothing.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum StepError {
+    /// A layer's experts gave no answer.
+    #[error(transparent)]
+    Experts(#[from] ExpertsError),
+    /// The device failed.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
 }
 
 impl Model {
-    /// Loads everything but the experts, on as many threads as `pool` has; it is what the model computes with.
-    pub fn load(checkpoint: &Checkpoint, pool: Pool) -> Result<Self, CheckpointError> {
-        const OF_A_LAYER: [&str; 5] =
-            ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "block_sparse_moe.gate"];
+    /// Loads everything but the experts for `device`, on as many threads as its pool has.
+    pub fn load(checkpoint: &Checkpoint, device: RouterDevice) -> Result<Self, CheckpointError> {
         let spec = checkpoint.spec().clone();
-        let mut names = vec!["model.embed_tokens.weight".to_owned()];
-        names.extend((!spec.tie_word_embeddings).then(|| "lm_head.weight".to_owned()));
-        names.extend(spec.layers().flat_map(|layer| OF_A_LAYER.map(|name| layer_tensor(layer, name))));
-        let mut matrices = load_each(&names, pool.threads(), |name| checkpoint.matrix(name))?.into_iter();
-        let mut next = || matrices.next().expect("a matrix for each name");
-        let embedding = next();
-        let lm_head = (!spec.tie_word_embeddings).then(&mut next);
-        let mut load_layer = |layer| {
-            Ok(Layer {
-                attention_norm: checkpoint.vector(&layer_tensor(layer, "input_layernorm"))?,
-                q: next(),
-                k: next(),
-                v: next(),
-                o: next(),
-                experts_norm: checkpoint.vector(&layer_tensor(layer, "post_attention_layernorm"))?,
-                gate: next(),
-            })
+        let matrices: Vec<RouterMatrix> = RouterMatrix::all(&spec).collect();
+        let vectors = RouterVector::all(&spec).map(|vector| checkpoint.router_vector(vector));
+        let vectors: Vec<Vec<f32>> = vectors.collect::<Result<_, _>>()?;
+        let router: Box<dyn RouterBackend> = match device {
+            RouterDevice::Cpu { pool, kv_blocks } => {
+                let load = |matrix: &RouterMatrix| checkpoint.router_matrix(*matrix);
+                let matrices = load_each(&matrices, pool.threads(), load)?;
+                Box::new(CpuRouter::new(&spec, CpuWeights { matrices, vectors }, kv_blocks, pool))
+            }
+            RouterDevice::Cuda { mut router, pool } => {
+                // The host never has more of them than its threads read at once.
+                for few in matrices.chunks(pool.threads()) {
+                    let load = |matrix: &RouterMatrix| checkpoint.router_matrix_rows(*matrix);
+                    for (matrix, rows) in few.iter().zip(load_each(few, pool.threads(), load)?) {
+                        router.load_matrix(*matrix, &rows)?;
+                    }
+                }
+                for (vector, values) in RouterVector::all(&spec).zip(vectors) {
+                    router.load_vector(vector, &values)?;
+                }
+                router
+            }
         };
-        Ok(Self {
-            embedding,
-            layers: spec.layers().map(&mut load_layer).collect::<Result<_, CheckpointError>>()?,
-            norm: checkpoint.vector("model.norm.weight")?,
-            lm_head,
-            rotary: Rotary::new(spec.head_dim, spec.rope_theta),
-            pool,
-            spec,
-        })
+        Ok(Self { spec, router })
+    }
+
+    /// The same model, computed by what `change` makes of what computes it.
+    #[must_use]
+    pub fn with_router(self, change: impl FnOnce(Box<dyn RouterBackend>) -> Box<dyn RouterBackend>) -> Self {
+        Self { router: change(self.router), ..self }
     }
 
     /// The model's shape.
@@ -171,29 +129,43 @@ impl Model {
         &self.spec
     }
 
-    /// Memory its weights take.
-    pub fn bytes(&self) -> usize {
-        let layers = self.layers.iter().flat_map(|l| [&l.q, &l.k, &l.v, &l.o, &l.gate]);
-        layers.chain([&self.embedding]).chain(&self.lm_head).map(PackedMatrix::bytes).sum()
+    /// What computes it.
+    pub fn router(&self) -> &dyn RouterBackend {
+        &*self.router
     }
 
-    /// Computes one step, which comes in one or more batches without a sequence in common, and stores its keys and values in
-    /// `kv`.
+    /// Copies all that block `from` of the KV cache holds to block `to`.
+    pub fn copy_block(&mut self, from: u32, to: u32) -> Result<(), DeviceError> {
+        self.router.copy_block(from, to)
+    }
+
+    /// Computes one step, which comes in one batch or two without a sequence in common, and stores its keys and values.
     pub async fn forward(
-        &self,
+        &mut self,
         batches: &[&[SequenceChunk<'_>]],
-        kv: &mut KvCache,
         experts: &impl Experts,
-    ) -> Result<StepOutput, ExpertsError> {
+    ) -> Result<StepOutput, StepError> {
+        let batches: Vec<&[SequenceChunk]> = batches.iter().copied().filter(|chunks| !chunks.is_empty()).collect();
+        assert!(batches.len() <= LANES, "a lane for each of {} batches", batches.len());
+        let (spec, router): (&ModelSpec, &mut dyn RouterBackend) = (&self.spec, &mut *self.router);
         // Each batch borrows it only while it computes, never while it waits.
-        let kv = RefCell::new(kv);
-        let outputs = by_turns(batches.iter().map(|chunks| self.layers(chunks, &kv, experts))).await?;
+        let shared: RefCell<&mut dyn RouterBackend> = RefCell::new(&mut *router);
+        let outputs = batches.iter().enumerate().map(|(lane, chunks)| {
+            let batch = Batch { spec, router: &shared, lane, chunks };
+            batch.layers(experts)
+        });
+        let outputs = by_turns(outputs).await?;
         let began = Instant::now();
-        let mut step =
-            StepOutput { logits: Vec::new(), routing: Vec::new(), overflows: Vec::new(), times: StepTimes::default() };
-        for (chunks, output) in batches.iter().zip(outputs) {
-            step.overflows.extend(&output.overflows);
-            step.logits.extend(self.logits(chunks, &output.hidden));
+        let mut step = StepOutput {
+            logits: Vec::new(),
+            likeliest: Vec::new(),
+            routing: Vec::new(),
+            overflows: Vec::new(),
+            times: StepTimes::default(),
+        };
+        for (lane, (chunks, output)) in batches.iter().zip(outputs).enumerate() {
+            step.overflows.extend(router.overflows(lane)?);
+            after(spec, router, (lane, chunks), &mut step)?;
             step.times.attention += output.attention;
             if step.routing.is_empty() {
                 step.routing = output.routing;
@@ -207,131 +179,86 @@ impl Model {
         step.times.logits = began.elapsed();
         Ok(step)
     }
+}
 
-    /// Takes one batch through all layers.
-    async fn layers(
-        &self,
-        chunks: &[SequenceChunk<'_>],
-        kv: &RefCell<&mut KvCache>,
-        experts: &impl Experts,
-    ) -> Result<BatchOutput, ExpertsError> {
+/// A batch on its way through the layers.
+struct Batch<'a, 'r> {
+    spec: &'a ModelSpec,
+    router: &'a RefCell<&'r mut dyn RouterBackend>,
+    lane: usize,
+    chunks: &'a [SequenceChunk<'a>],
+}
+
+/// What became of one batch.
+struct BatchOutput {
+    /// By layer.
+    routing: Vec<Routing>,
+    attention: Duration,
+}
+
+impl Batch<'_, '_> {
+    /// Takes the batch through all layers.
+    async fn layers(self, experts: &impl Experts) -> Result<BatchOutput, StepError> {
+        let Self { spec, router, lane, chunks } = self;
         let mut began = Instant::now();
         let mut attention = Duration::ZERO;
-        let eps = self.spec.rms_norm_eps;
-        let mut hidden = Vec::new(); // [tokens, hidden]
-        for token in chunks.iter().flat_map(|chunk| chunk.tokens) {
-            hidden.extend(self.embedding.row(*token as usize));
-        }
-        let angles: Vec<_> = positions(chunks).map(|(_, position)| self.rotary.angles(position)).collect();
-        let mut buffers = Buffers::new(&self.spec, angles.len());
-
-        let until = chunks.iter().map(|chunk| chunk.until).max_by_key(|until| (until.is_none(), *until)).flatten();
-        let mut overflows = vec![None; chunks.len()];
-
-        let mut routing = Vec::with_capacity(self.layers.len());
-        for (layer, id) in self.layers.iter().zip((0..).map(LayerId)) {
-            rms_norm(&hidden, &layer.attention_norm, eps, &mut buffers.normed, &self.pool);
-            self.attention(layer, id, chunks, &angles, &mut buffers, &mut kv.borrow_mut());
-            if !add(&mut hidden, &buffers.projected) {
-                contain(&mut hidden, chunks, id, &mut overflows);
-            }
-
-            rms_norm(&hidden, &layer.experts_norm, eps, &mut buffers.normed, &self.pool);
-            let gate = self.multiply(&buffers.normed, &layer.gate); // [tokens, experts]
-            let chosen = route(gate, self.spec.num_local_experts, self.spec.num_experts_per_tok);
-            attention += began.elapsed();
-            let combined = experts.forward(id, &buffers.normed, &chosen, until).await?;
-            began = Instant::now();
-            if !add(&mut hidden, &combined) {
-                contain(&mut hidden, chunks, id, &mut overflows);
-            }
-            routing.push(chosen);
-        }
-        Ok(BatchOutput { hidden, routing, overflows, attention })
-    }
-
-    /// Stores the keys and values of `buffers.normed` and attends; leaves what comes of it in `buffers.projected`.
-    fn attention(
-        &self,
-        layer: &Layer,
-        id: LayerId,
-        chunks: &[SequenceChunk<'_>],
-        angles: &[Vec<(f32, f32)>],
-        buffers: &mut Buffers,
-        kv: &mut KvCache,
-    ) {
-        let Buffers { normed, q, k, v, attended, projected } = buffers;
-        for (w, out) in [(&layer.q, &mut *q), (&layer.k, &mut *k), (&layer.v, &mut *v)] {
-            matmul(normed, w, out, &self.pool);
-        }
-        Rotary::rotate(q, angles, &self.pool);
-        Rotary::rotate(k, angles, &self.pool);
-        let width = layer.k.outputs();
-        for ((table, position), (k, v)) in positions(chunks).zip(k.chunks_exact(width).zip(v.chunks_exact(width))) {
-            kv.store(id, table, position, k, v);
-        }
+        let tokens: Vec<u32> = chunks.iter().flat_map(|chunk| chunk.tokens).copied().collect();
         let queries: Vec<Queries> = chunks
             .iter()
             .map(|chunk| Queries { blocks: chunk.blocks, start: chunk.start, len: chunk.tokens.len() })
             .collect();
-        attend(kv.layer(id), q, &queries, attended, &self.pool);
-        matmul(attended, &layer.o, projected, &self.pool);
-    }
+        let until = chunks.iter().map(|chunk| chunk.until).max_by_key(|until| (until.is_none(), *until)).flatten();
+        router.borrow_mut().begin(lane, &tokens, &queries)?;
 
-    fn logits(&self, chunks: &[SequenceChunk<'_>], hidden: &[f32]) -> Vec<Vec<f32>> {
-        let width = self.spec.hidden_size;
-        let mut wanted = Vec::new(); // [wanted, hidden]
-        let mut end = 0;
-        for chunk in chunks {
-            let start = end;
-            end += chunk.tokens.len();
-            let from = match chunk.logits {
-                Logits::None => end,
-                Logits::Last => end - 1,
-                Logits::All => start,
-            };
-            wanted.extend_from_slice(&hidden[from * width..end * width]);
+        let mut normed = Vec::new(); // [tokens, hidden]
+        let mut routing = Vec::with_capacity(spec.num_hidden_layers);
+        for layer in spec.layers() {
+            let chosen = router.borrow_mut().attend(lane, layer, &mut normed)?;
+            attention += began.elapsed();
+            let combined = experts.forward(layer, &normed, &chosen, until).await?;
+            began = Instant::now();
+            router.borrow_mut().add_experts(lane, layer, &combined)?;
+            routing.push(chosen);
         }
-        let mut normed = vec![0.0; wanted.len()];
-        rms_norm(&wanted, &self.norm, self.spec.rms_norm_eps, &mut normed, &self.pool);
-        let logits = self.multiply(&normed, self.lm_head.as_ref().unwrap_or(&self.embedding));
-        logits.chunks_exact(self.spec.vocab_size).map(<[f32]>::to_vec).collect()
-    }
-
-    fn multiply(&self, x: &[f32], w: &PackedMatrix) -> Vec<f32> {
-        let mut out = vec![0.0; x.len() / w.inputs() * w.outputs()];
-        matmul(x, w, &mut out, &self.pool);
-        out
+        Ok(BatchOutput { routing, attention })
     }
 }
 
-/// The blocks and the position of every token.
-fn positions<'a>(chunks: &'a [SequenceChunk<'_>]) -> impl Iterator<Item = (&'a [u32], usize)> {
-    chunks.iter().flat_map(|chunk| (chunk.start..).take(chunk.tokens.len()).map(|position| (chunk.blocks, position)))
-}
-
-/// Adds `residual` to `hidden`, `[tokens, hidden]`. Returns whether every sum is finite.
-fn add(hidden: &mut [f32], residual: &[f32]) -> bool {
-    let mut largest = 0;
-    for (hidden, residual) in hidden.iter_mut().zip(residual) {
-        *hidden += residual;
-        largest = largest.max(hidden.abs().to_bits());
+/// Adds to `step` what comes after the tokens of the batch in `lane`. The output projection is read once for all of them: where some want
+/// logits, the likeliest tokens of the others are looked for here.
+fn after(
+    spec: &ModelSpec,
+    router: &mut dyn RouterBackend,
+    (lane, chunks): (usize, &[SequenceChunk<'_>]),
+    step: &mut StepOutput,
+) -> Result<(), DeviceError> {
+    let mut rows = Vec::new();
+    let mut end = 0;
+    for chunk in chunks {
+        let start = end;
+        end += chunk.tokens.len() as u32;
+        rows.extend(match chunk.logits {
+            Logits::None => end..end,
+            Logits::Likeliest | Logits::Last => end - 1..end,
+            Logits::All => start..end,
+        });
     }
-    largest < f32::INFINITY.to_bits()
-}
-
-/// Notes in `overflows` the chunks of `hidden`, `[tokens, hidden]`, that are not finite since `layer`, and puts zeros in their
-/// place, which are safe to go on with. Rows do not depend on each other, so that no other chunk has seen them.
-fn contain(hidden: &mut [f32], chunks: &[SequenceChunk<'_>], layer: LayerId, overflows: &mut [Option<LayerId>]) {
-    let tokens: usize = chunks.iter().map(|chunk| chunk.tokens.len()).sum();
-    let width = hidden.len() / tokens.max(1);
-    let mut rest = hidden;
-    for (chunk, overflow) in chunks.iter().zip(overflows) {
-        let (own, others) = rest.split_at_mut(chunk.tokens.len() * width);
-        if !own.iter().all(|value| value.is_finite()) {
-            overflow.get_or_insert(layer);
-            own.fill(0.0);
+    if rows.is_empty() {
+        return Ok(());
+    }
+    if !chunks.iter().any(|chunk| matches!(chunk.logits, Logits::Last | Logits::All)) {
+        step.likeliest.extend(router.likeliest(lane, &rows)?);
+        return Ok(());
+    }
+    let logits = router.logits(lane, &rows)?;
+    let mut logits = logits.chunks_exact(spec.vocab_size);
+    for chunk in chunks {
+        match chunk.logits {
+            Logits::None => {}
+            Logits::Likeliest => step.likeliest.extend(logits.next().map(likeliest)),
+            Logits::Last => step.logits.extend(logits.next().map(<[f32]>::to_vec)),
+            Logits::All => step.logits.extend(logits.by_ref().take(chunk.tokens.len()).map(<[f32]>::to_vec)),
         }
-        rest = others;
     }
+    Ok(())
 }

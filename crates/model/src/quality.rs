@@ -1,11 +1,10 @@
 //! How well a model predicts text it has not seen: what is lost when its experts are kept as fewer bits.
 
-use sirocco_compute::Pool;
-use sirocco_types::ExpertDtype;
+use sirocco_compute::{BLOCK_TOKENS, Pool, RouterDevice};
+use sirocco_types::{ExpertDtype, ModelSpec};
 
 use crate::{
-    Checkpoint, CheckpointError, ExpertsError, KvCache, LocalExperts, Logits, Model, SequenceChunk, Tokenizer,
-    TokenizerError,
+    Checkpoint, CheckpointError, LocalExperts, Logits, Model, SequenceChunk, StepError, Tokenizer, TokenizerError,
 };
 
 /// Tokens that are predicted from each other at most.
@@ -20,9 +19,9 @@ pub enum QualityError {
     /// The tokenizer cannot be read or does not take the text.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
-    /// An expert failed.
+    /// The model failed.
     #[error(transparent)]
-    Experts(#[from] ExpertsError),
+    Step(#[from] StepError),
     /// The compute threads cannot be started.
     #[error("{threads} threads cannot be started: {error}")]
     Threads {
@@ -47,11 +46,12 @@ pub async fn quality(
         return Err(QualityError::NoText);
     }
     let pool = Pool::new(threads).map_err(|error| QualityError::Threads { threads, error })?;
-    let model = Model::load(checkpoint, pool.clone())?;
+    let kv_blocks = window(checkpoint.spec()).div_ceil(BLOCK_TOKENS);
+    let mut model = Model::load(checkpoint, RouterDevice::Cpu { pool: pool.clone(), kv_blocks })?;
     let mut found = ExpertDtype::ALL.map(|dtype| (dtype, 0.0));
     for (dtype, bits_per_byte) in &mut found {
         let experts = LocalExperts::load(checkpoint, *dtype, pool.clone())?;
-        *bits_per_byte = bits(&model, &experts, &tokens).await? / text.len() as f64;
+        *bits_per_byte = bits(&mut model, &experts, &tokens).await? / text.len() as f64;
     }
     Ok(found)
 }
@@ -60,19 +60,22 @@ pub async fn quality(
 ///
 /// The tokens are cut into windows, each put behind the model's begin token; a model without one is not asked for the first
 /// token of a window.
-async fn bits(model: &Model, experts: &LocalExperts, tokens: &[u32]) -> Result<f64, ExpertsError> {
-    let spec = model.spec();
-    let window = WINDOW.min(spec.max_position_embeddings);
-    let blocks: Vec<u32> = (0..window.div_ceil(KvCache::BLOCK_TOKENS) as u32).collect();
+async fn bits(model: &mut Model, experts: &LocalExperts, tokens: &[u32]) -> Result<f64, StepError> {
+    let (window, bos) = (window(model.spec()), model.spec().bos_token_id);
+    let blocks: Vec<u32> = (0..window.div_ceil(BLOCK_TOKENS) as u32).collect();
     let mut nats = 0.0;
     for part in tokens.chunks((window - 1).max(1)) {
-        let input: Vec<u32> = spec.bos_token_id.into_iter().chain(part.iter().copied()).collect();
+        let input: Vec<u32> = bos.into_iter().chain(part.iter().copied()).collect();
         let chunk = SequenceChunk { blocks: &blocks, start: 0, tokens: &input, logits: Logits::All, until: None };
-        let mut kv = KvCache::new(spec, blocks.len());
-        let logits = model.forward(&[&[chunk]], &mut kv, experts).await?.logits;
+        let logits = model.forward(&[&[chunk]], experts).await?.logits;
         nats += logits.iter().zip(&input[1..]).map(|(logits, &token)| surprise(logits, token)).sum::<f64>();
     }
     Ok(nats / std::f64::consts::LN_2)
+}
+
+/// Tokens of a window.
+fn window(spec: &ModelSpec) -> usize {
+    WINDOW.min(spec.max_position_embeddings)
 }
 
 /// Minus the natural logarithm of the probability of `token`.

@@ -6,7 +6,7 @@
 use std::cmp::Ordering;
 use std::collections::BTreeMap;
 
-use sirocco_compute::exp_relative;
+use sirocco_compute::{argmax, exp_relative};
 use sirocco_types::SamplingParams;
 
 use crate::{Constraint, ConstraintError, Mask};
@@ -68,6 +68,25 @@ impl Sampler {
         self.constraint.as_ref().is_some_and(Constraint::is_finished)
     }
 
+    /// Whether every token is the likeliest one and nothing else is asked of the logits.
+    pub fn takes_likeliest(&self) -> bool {
+        let params = &self.params;
+        params.temperature == 0.0
+            && params.repetition_penalty - 1.0 == 0.0
+            && params.frequency_penalty == 0.0
+            && params.presence_penalty == 0.0
+            && params.logit_bias.is_empty()
+            && params.logprobs.is_none()
+            && self.constraint.is_none()
+    }
+
+    /// Token `index` of the completion of a sequence that takes the likeliest, as [`sirocco_compute::likeliest`] finds it.
+    pub fn take(&mut self, index: u32, likeliest: Option<u32>) -> Result<SampledToken, SampleError> {
+        let id = likeliest.ok_or(SampleError::NotFinite(index))?;
+        self.note(id);
+        Ok(SampledToken { id, logprob: None, top_logprobs: Vec::new() })
+    }
+
     /// Draws token `index` of the completion from `logits`, `[vocab_size]`, and takes it into the sequence.
     pub fn sample(&mut self, index: u32, logits: &[f32]) -> Result<SampledToken, SampleError> {
         if !logits.iter().all(|logit| logit.is_finite()) {
@@ -121,7 +140,7 @@ impl Sampler {
             mask.apply(&mut logits);
         }
         if params.temperature == 0.0 {
-            return best(&logits);
+            return argmax(&logits);
         }
         // [vocab], relative to the most likely token's 1
         let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
@@ -158,12 +177,6 @@ impl Sampler {
 /// In ascending order.
 fn sum(weights: &[f32]) -> f64 {
     weights.iter().fold(0.0, |sum, weight| sum + f64::from(*weight))
-}
-
-/// The id of the highest logit; ties go to the lowest id.
-fn best(logits: &[f32]) -> u32 {
-    let better = |best: usize, id: usize| if logits[id].total_cmp(&logits[best]).is_gt() { id } else { best };
-    (1..logits.len()).fold(0, better) as u32
 }
 
 /// The ids of the `count` highest logits, highest first; ties go to the lowest id.
@@ -208,6 +221,8 @@ fn uniform(seed: u64, index: u32) -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use sirocco_compute::likeliest;
+
     use super::*;
 
     const LOGITS: [f32; 5] = [1.0, 3.0, 2.0, 3.0, -1.0];
@@ -225,6 +240,30 @@ mod tests {
     #[test]
     fn greedy_takes_the_best_and_the_lowest_of_equals() {
         assert_eq!(drawn(|p| p.temperature = 0.0, &[]), [1]);
+    }
+
+    #[test]
+    fn the_likeliest_is_enough_for_greedy_sequences_that_ask_for_nothing_else() {
+        let takes = |change: fn(&mut SamplingParams)| {
+            let mut params = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
+            change(&mut params);
+            Sampler::new(params, 5, &[]).takes_likeliest()
+        };
+        assert!(takes(|_| ()) && takes(|p| (p.top_k, p.top_p, p.min_p, p.seed) = (2, 0.5, 0.5, 7)));
+        let more: [fn(&mut SamplingParams); 6] = [
+            |p| p.temperature = 0.1,
+            |p| p.repetition_penalty = 1.1,
+            |p| p.frequency_penalty = -0.5,
+            |p| p.presence_penalty = 0.5,
+            |p| p.logit_bias = [(4, 1.0)].into(),
+            |p| p.logprobs = Some(0),
+        ];
+        assert!(more.into_iter().all(|change| !takes(change)));
+        let params = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
+        let (mut sampled, mut taken) = (Sampler::new(params.clone(), 5, &[]), Sampler::new(params, 5, &[]));
+        for logits in [LOGITS, [f32::NAN, 1.0, 0.0, 0.0, 0.0]] {
+            assert_eq!(taken.take(3, likeliest(&logits)), sampled.sample(3, &logits));
+        }
     }
 
     #[test]

@@ -4,10 +4,8 @@ use std::path::PathBuf;
 
 use futures::executor::block_on;
 use serde_json::Value;
-use sirocco_compute::Pool;
-use sirocco_model::{
-    Checkpoint, Detokenizer, KvCache, LocalExperts, Logits, Model, SequenceChunk, StepOutput, Tokenizer,
-};
+use sirocco_compute::{Pool, RouterDevice};
+use sirocco_model::{Checkpoint, Detokenizer, LocalExperts, Logits, Model, SequenceChunk, StepOutput, Tokenizer};
 use sirocco_types::ExpertDtype;
 
 /// How far a logit may be from transformers' own.
@@ -30,7 +28,7 @@ fn open(folder: &str, threads: usize) -> Setup {
 fn open_as(folder: &str, dtype: ExpertDtype, threads: usize) -> Setup {
     let checkpoint = Checkpoint::open(&path(folder)).unwrap();
     let pool = Pool::new(threads).unwrap();
-    let model = Model::load(&checkpoint, pool.clone()).unwrap();
+    let model = Model::load(&checkpoint, RouterDevice::Cpu { pool: pool.clone(), kv_blocks: 16 }).unwrap();
     let experts = LocalExperts::load(&checkpoint, dtype, pool).unwrap();
     Setup { checkpoint, model, experts }
 }
@@ -63,15 +61,14 @@ fn assert_close(got: &[f64], want: &[f64], tolerance: f64, what: &str) {
 }
 
 /// Computes the prompt, then `new` greedy tokens; returns each step.
-fn greedy(setup: &Setup, prompt: &[u32], new: usize) -> (Vec<u32>, Vec<StepOutput>) {
-    let mut kv = KvCache::new(setup.checkpoint.spec(), 16);
+fn greedy(setup: &mut Setup, prompt: &[u32], new: usize) -> (Vec<u32>, Vec<StepOutput>) {
     let blocks: Vec<u32> = (0..16).collect();
     let mut tokens = prompt.to_vec();
     let (mut start, mut steps) = (0, Vec::new());
     for _ in 0..new {
         let chunk =
             SequenceChunk { blocks: &blocks, start, tokens: &tokens[start..], logits: Logits::Last, until: None };
-        let step = block_on(setup.model.forward(&[&[chunk]], &mut kv, &setup.experts)).unwrap();
+        let step = block_on(setup.model.forward(&[&[chunk]], &setup.experts)).unwrap();
         start = tokens.len();
         tokens.push(top5(&step.logits[0]).0[0]);
         steps.push(step);
@@ -101,7 +98,7 @@ fn assert_routing(step: &StepOutput, layer: usize, want_ids: &Value, want_weight
 
 #[test]
 fn the_bundled_model_says_what_transformers_says() {
-    let setup = open("models/demo", 2);
+    let mut setup = open("models/demo", 2);
     let tokenizer = Tokenizer::load(setup.checkpoint.folder(), setup.checkpoint.spec()).unwrap();
     let golden = golden("tests/data/demo/golden.json");
     for case in golden["prompts"].as_array().unwrap() {
@@ -110,7 +107,7 @@ fn the_bundled_model_says_what_transformers_says() {
         assert_eq!(prompt, ids(&case["input_ids"]), "{text}");
 
         let want = ids(&case["greedy_ids"]);
-        let (tokens, steps) = greedy(&setup, &prompt, want.len());
+        let (tokens, steps) = greedy(&mut setup, &prompt, want.len());
         assert_eq!(tokens, want, "{text}");
         assert_top5(&steps, &case["top5"], text);
         for (layer, router) in case["router"].as_array().unwrap().iter().enumerate() {
@@ -132,14 +129,14 @@ fn quantised_experts_say_what_they_said_and_stay_near_bf16() {
     let prompts: Vec<Vec<u32>> =
         prompts["prompts"].as_array().unwrap().iter().map(|case| ids(&case["input_ids"])).collect();
     let kept = golden("tests/data/demo/quantised.json");
-    let exact = open("models/demo", 2);
+    let mut exact = open("models/demo", 2);
     for (dtype, nearest, furthest) in [(ExpertDtype::Int8, 0.001, 0.03), (ExpertDtype::Int4, 0.02, 0.3)] {
-        let setup = open_as("models/demo", dtype, 2);
+        let mut setup = open_as("models/demo", dtype, 2);
         let (mut said, mut distance, mut length) = (Vec::new(), 0.0_f64, 0.0_f64);
         for prompt in &prompts {
-            let (tokens, steps) = greedy(&setup, prompt, 48);
+            let (tokens, steps) = greedy(&mut setup, prompt, 48);
             said.push(tokens);
-            let reference = greedy(&exact, prompt, 1).1;
+            let reference = greedy(&mut exact, prompt, 1).1;
             for (got, want) in steps[0].logits[0].iter().zip(&reference[0].logits[0]) {
                 distance += f64::from(got - want).powi(2);
                 length += f64::from(*want).powi(2);
@@ -153,11 +150,11 @@ fn quantised_experts_say_what_they_said_and_stay_near_bf16() {
 
 #[test]
 fn another_mixtral_says_what_transformers_says() {
-    let setup = open("tests/data/families/mixtral", 1);
+    let mut setup = open("tests/data/families/mixtral", 1);
     let golden = golden("tests/data/families/mixtral/golden.json");
     for case in golden["prompts"].as_array().unwrap() {
         let want = ids(&case["greedy_ids"]);
-        let (tokens, steps) = greedy(&setup, &ids(&case["input_ids"]), want.len());
+        let (tokens, steps) = greedy(&mut setup, &ids(&case["input_ids"]), want.len());
         assert_eq!(tokens, want);
         let last: Vec<f64> = steps[0].logits[0].iter().map(|x| f64::from(*x)).collect();
         assert_close(&last, &floats(&case["logits_last"]), LOGIT_TOLERANCE, "logits_last");
@@ -170,8 +167,7 @@ fn another_mixtral_says_what_transformers_says() {
 }
 
 /// The bits of the logits after the whole prompt, computed in chunks that end at `cuts`.
-fn logits_in_chunks(setup: &Setup, prompt: &[u32], cuts: &[usize], mate: Option<&[u32]>) -> Vec<u32> {
-    let mut kv = KvCache::new(setup.checkpoint.spec(), 16);
+fn logits_in_chunks(setup: &mut Setup, prompt: &[u32], cuts: &[usize], mate: Option<&[u32]>) -> Vec<u32> {
     // Tables differ from run to run.
     let mut order: Vec<u32> = (0..16).collect();
     order.rotate_left(cuts.len());
@@ -183,7 +179,7 @@ fn logits_in_chunks(setup: &Setup, prompt: &[u32], cuts: &[usize], mate: Option<
             chunks.push(SequenceChunk { blocks: others, start: 0, tokens, logits: Logits::None, until: None });
         }
         chunks.push(SequenceChunk { blocks, start, tokens: &prompt[start..end], logits: Logits::Last, until: None });
-        let step = block_on(setup.model.forward(&[&chunks], &mut kv, &setup.experts)).unwrap();
+        let step = block_on(setup.model.forward(&[&chunks], &setup.experts)).unwrap();
         if end == prompt.len() {
             return step.logits[0].iter().map(|x| x.to_bits()).collect();
         }
@@ -194,13 +190,13 @@ fn logits_in_chunks(setup: &Setup, prompt: &[u32], cuts: &[usize], mate: Option<
 
 #[test]
 fn chunks_batch_mates_and_threads_change_no_bit() {
-    let (one, two) = (open("models/demo", 1), open("models/demo", 2));
+    let (mut one, mut two) = (open("models/demo", 1), open("models/demo", 2));
     let prompt: Vec<u32> = (0..45).map(|i| (i * 97 + 5) % 4096).collect();
     let mate: Vec<u32> = (0..23).map(|i| (i * 31 + 900) % 4096).collect();
-    let whole = logits_in_chunks(&one, &prompt, &[], None);
-    assert_eq!(logits_in_chunks(&two, &prompt, &[], None), whole);
-    assert_eq!(logits_in_chunks(&one, &prompt, &[1, 16, 17, 40], None), whole);
-    assert_eq!(logits_in_chunks(&one, &prompt, &[44], None), whole);
-    assert_eq!(logits_in_chunks(&two, &prompt, &[20], Some(&mate)), whole);
-    assert_eq!(logits_in_chunks(&two, &prompt, &[], Some(&mate)), whole);
+    let whole = logits_in_chunks(&mut one, &prompt, &[], None);
+    assert_eq!(logits_in_chunks(&mut two, &prompt, &[], None), whole);
+    assert_eq!(logits_in_chunks(&mut one, &prompt, &[1, 16, 17, 40], None), whole);
+    assert_eq!(logits_in_chunks(&mut one, &prompt, &[44], None), whole);
+    assert_eq!(logits_in_chunks(&mut two, &prompt, &[20], Some(&mate)), whole);
+    assert_eq!(logits_in_chunks(&mut two, &prompt, &[], Some(&mate)), whole);
 }

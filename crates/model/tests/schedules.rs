@@ -3,8 +3,8 @@
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::LazyLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 use std::task::Poll;
 use std::time::Instant;
 
@@ -12,17 +12,19 @@ use futures::executor::block_on;
 use proptest::prelude::*;
 use safetensors::{SafeTensors, serialize_to_file};
 use serde_json::Value;
-use sirocco_compute::Pool;
-use sirocco_model::{Checkpoint, Experts, ExpertsError, KvCache, LocalExperts, Logits, Model, SequenceChunk};
+use sirocco_compute::{BLOCK_TOKENS, Pool, RouterDevice, likeliest};
+use sirocco_model::{Checkpoint, Experts, ExpertsError, LocalExperts, Logits, Model, SequenceChunk};
 use sirocco_types::{ExpertDtype, LayerId, Routing};
 
 const WEIGHTS: &str = "model.safetensors";
 
 struct Setup {
-    checkpoint: Checkpoint,
     model: Model,
     experts: LocalExperts,
 }
+
+/// Tests take turns with it.
+type Shared = Mutex<Setup>;
 
 /// For each sequence, the bits of its last logits, and each layer's experts and weights' bits of all its tokens.
 type Results = Vec<(Vec<u32>, Vec<Vec<(u32, u32)>>)>;
@@ -31,16 +33,16 @@ fn tiny() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/data/families/mixtral")
 }
 
-fn open(folder: &Path, dtype: ExpertDtype, threads: usize) -> Setup {
+fn open(folder: &Path, dtype: ExpertDtype, threads: usize) -> Shared {
     let checkpoint = Checkpoint::open(folder).unwrap();
     let pool = Pool::new(threads).unwrap();
-    let model = Model::load(&checkpoint, pool.clone()).unwrap();
+    let model = Model::load(&checkpoint, RouterDevice::Cpu { pool: pool.clone(), kv_blocks: 64 }).unwrap();
     let experts = LocalExperts::load(&checkpoint, dtype, pool).unwrap();
-    Setup { checkpoint, model, experts }
+    Mutex::new(Setup { model, experts })
 }
 
 /// The tiny model with another configuration and, when tied, without its output projection.
-fn altered(change: impl FnOnce(&mut Value), tied: bool) -> Setup {
+fn altered(change: impl FnOnce(&mut Value), tied: bool) -> Shared {
     let dir = tempfile::tempdir().unwrap();
     let mut config: Value = serde_json::from_slice(&std::fs::read(tiny().join("config.json")).unwrap()).unwrap();
     change(&mut config);
@@ -53,24 +55,28 @@ fn altered(change: impl FnOnce(&mut Value), tied: bool) -> Setup {
 }
 
 /// The tiny model whose tokens see only the last 12.
-static WINDOWED: LazyLock<Setup> = LazyLock::new(|| altered(|config| config["sliding_window"] = 12.into(), false));
-static ONE_THREAD: LazyLock<Setup> = LazyLock::new(|| open(&tiny(), ExpertDtype::Bf16, 1));
-static THREADS: LazyLock<Setup> = LazyLock::new(|| open(&tiny(), ExpertDtype::Bf16, 3));
+static WINDOWED: LazyLock<Shared> = LazyLock::new(|| altered(|config| config["sliding_window"] = 12.into(), false));
+static ONE_THREAD: LazyLock<Shared> = LazyLock::new(|| open(&tiny(), ExpertDtype::Bf16, 1));
+static THREADS: LazyLock<Shared> = LazyLock::new(|| open(&tiny(), ExpertDtype::Bf16, 3));
 /// With quantised experts, on one thread and on several.
-static QUANTISED: LazyLock<[[Setup; 2]; 2]> = LazyLock::new(|| {
+static QUANTISED: LazyLock<[[Shared; 2]; 2]> = LazyLock::new(|| {
     [ExpertDtype::Int8, ExpertDtype::Int4].map(|dtype| [1, 3].map(|threads| open(&tiny(), dtype, threads)))
 });
+
+fn take(setup: &Shared) -> MutexGuard<'_, Setup> {
+    setup.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// Blocks enough for the longest sequence.
 const TABLE: u32 = 5;
 
 /// Computes `sequences` in steps; in step `i`, sequence `s` goes on by `steps[i][s]` tokens, and after the last step by the rest.
 /// Steps whose number is odd come in two batches.
-fn run(setup: &Setup, sequences: &[Vec<u32>], steps: &[Vec<usize>]) -> Results {
-    let mut kv = KvCache::new(setup.checkpoint.spec(), 64);
+fn run(setup: &Shared, sequences: &[Vec<u32>], steps: &[Vec<usize>]) -> Results {
+    let Setup { model, experts } = &mut *take(setup);
     let blocks: Vec<u32> = (0..TABLE * sequences.len() as u32).rev().collect();
     let tables: Vec<&[u32]> = blocks.chunks(TABLE as usize).collect();
-    let layers = setup.checkpoint.spec().num_hidden_layers;
+    let layers = model.spec().num_hidden_layers;
     let mut done = vec![0; sequences.len()];
     let mut results: Results = vec![(Vec::new(), vec![Vec::new(); layers]); sequences.len()];
     let rest = vec![usize::MAX; sequences.len()];
@@ -92,7 +98,7 @@ fn run(setup: &Setup, sequences: &[Vec<u32>], steps: &[Vec<usize>]) -> Results {
             continue;
         }
         let (first, second) = chunks.split_at(if number % 2 == 1 { chunks.len() / 2 } else { 0 });
-        let output = block_on(setup.model.forward(&[first, second], &mut kv, &setup.experts)).unwrap();
+        let output = block_on(model.forward(&[first, second], experts)).unwrap();
         let mut logits = output.logits.iter();
         let mut token = 0;
         for (chunk, owner) in chunks.iter().zip(owners) {
@@ -153,18 +159,45 @@ fn tied_embeddings_serve_as_the_output_projection() {
 
 #[test]
 fn a_copied_block_goes_on_as_the_block_it_was_copied_from() {
-    let Setup { checkpoint, model, experts } = &*ONE_THREAD;
-    let from = KvCache::BLOCK_TOKENS + 9;
-    let tokens: Vec<u32> = (0..2 * KvCache::BLOCK_TOKENS as u32 + 8).map(|i| (i * 37 + 11) % 256).collect();
-    let mut kv = KvCache::new(checkpoint.spec(), 6);
-    let compute = |kv: &mut KvCache, blocks: &[u32], from: usize| {
+    let Setup { model, experts } = &mut *take(&ONE_THREAD);
+    let from = BLOCK_TOKENS + 9;
+    let tokens: Vec<u32> = (0..2 * BLOCK_TOKENS as u32 + 8).map(|i| (i * 37 + 11) % 256).collect();
+    let compute = |model: &mut Model, blocks: &[u32], from: usize| {
         let chunk = SequenceChunk { blocks, start: from, tokens: &tokens[from..], logits: Logits::All, until: None };
-        block_on(model.forward(&[&[chunk]], kv, experts)).unwrap().logits
+        block_on(model.forward(&[&[chunk]], experts)).unwrap().logits
     };
-    let whole = compute(&mut kv, &[0, 1, 2], 0);
+    let whole = compute(model, &[0, 1, 2], 0);
     assert_eq!(whole.len(), tokens.len());
-    kv.copy(1, 4);
-    assert_eq!(compute(&mut kv, &[0, 4, 5], from), whole[from..]);
+    model.copy_block(1, 4).unwrap();
+    assert_eq!(compute(model, &[0, 4, 5], from), whole[from..]);
+}
+
+#[test]
+fn the_likeliest_token_is_that_of_the_logits_whoever_else_asks_for_what() {
+    let Setup { model, experts } = &mut *take(&ONE_THREAD);
+    let prompts: [&[u32]; 3] = [&[1, 2, 3], &[4, 5], &[6, 7, 8, 9]];
+    let tables = [[0], [1], [2]];
+    let mut forward = |asked: [Logits; 3], first: usize| {
+        let chunks = [0, 1, 2].map(|index| SequenceChunk {
+            blocks: &tables[index],
+            start: 0,
+            tokens: prompts[index],
+            logits: asked[index],
+            until: None,
+        });
+        let (first, second) = chunks.split_at(first);
+        block_on(model.forward(&[first, second], experts)).unwrap()
+    };
+    let logits = forward([Logits::Last; 3], 3).logits;
+    let tokens: Vec<Option<u32>> = logits.iter().map(|logits| likeliest(logits)).collect();
+    for cut in 0..4 {
+        let plain = forward([Logits::Likeliest; 3], cut);
+        assert_eq!((plain.likeliest, plain.logits.len()), (tokens.clone(), 0));
+        let mixed = forward([Logits::Likeliest, Logits::Last, Logits::Likeliest], cut);
+        assert_eq!((mixed.likeliest, &mixed.logits[..]), (vec![tokens[0], tokens[2]], &logits[1..2]));
+        let mixed = forward([Logits::All, Logits::None, Logits::Likeliest], cut);
+        assert_eq!((mixed.likeliest, &mixed.logits[2..]), (vec![tokens[2]], &logits[..1]));
+    }
 }
 
 /// Experts that take a while, and how many batches wait for them at once.
@@ -196,10 +229,9 @@ impl Experts for Distant<'_> {
 
 #[test]
 fn while_one_batch_waits_for_its_experts_another_goes_on() {
-    let Setup { checkpoint, model, experts } = &*ONE_THREAD;
-    let run = |together: bool| {
+    let Setup { model, experts } = &mut *take(&ONE_THREAD);
+    let mut run = |together: bool| {
         let experts = Distant { experts, waiting: AtomicUsize::new(0), most: AtomicUsize::new(0) };
-        let mut kv = KvCache::new(checkpoint.spec(), 2);
         let chunk = |block: &'static [u32]| SequenceChunk {
             blocks: block,
             start: 0,
@@ -210,7 +242,7 @@ fn while_one_batch_waits_for_its_experts_another_goes_on() {
         let chunks = [chunk(&[0]), chunk(&[1])];
         let (first, second) = chunks.split_at(1);
         let batches: &[&[SequenceChunk]] = if together { &[&chunks] } else { &[first, second] };
-        let output = block_on(model.forward(batches, &mut kv, &experts)).unwrap();
+        let output = block_on(model.forward(batches, &experts)).unwrap();
         (output.logits, experts.most.into_inner())
     };
     let (one, two) = (run(true), run(false));
@@ -246,7 +278,7 @@ impl Experts for Overflowing<'_> {
 
 #[test]
 fn what_overflows_is_named_by_its_layer_and_changes_no_bit_of_its_batch_mates() {
-    let Setup { checkpoint, model, experts } = &*ONE_THREAD;
+    let Setup { model, experts } = &mut *take(&ONE_THREAD);
     let prompts: [&[u32]; 3] = [&[1, 2, 3], &[4, 5], &[6, 7, 8, 9]];
     let chunks = |blocks: &'static [[u32; 1]; 3]| {
         std::array::from_fn::<_, 3, _>(|index| SequenceChunk {
@@ -258,16 +290,15 @@ fn what_overflows_is_named_by_its_layer_and_changes_no_bit_of_its_batch_mates() 
         })
     };
     let (before, after) = (&[[0], [1], [2]], &[[1], [2], [0]]);
-    let mut kv = KvCache::new(checkpoint.spec(), 3);
-    let well = block_on(model.forward(&[&chunks(before)], &mut kv, experts)).unwrap();
+    let well = block_on(model.forward(&[&chunks(before)], experts)).unwrap();
     assert_eq!(well.overflows, [None; 3]);
-    for layer in checkpoint.spec().layers() {
+    for layer in model.spec().layers() {
         for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             let overflowing = Overflowing { experts, layer, rows: 3..4, value };
-            let sick = block_on(model.forward(&[&chunks(before)], &mut kv, &overflowing)).unwrap();
+            let sick = block_on(model.forward(&[&chunks(before)], &overflowing)).unwrap();
             assert_eq!(sick.overflows, [None, Some(layer), None], "{value}");
             assert_eq!((&sick.logits[0], &sick.logits[2]), (&well.logits[0], &well.logits[2]), "{value}");
-            let again = block_on(model.forward(&[&chunks(after)], &mut kv, experts)).unwrap();
+            let again = block_on(model.forward(&[&chunks(after)], experts)).unwrap();
             assert_eq!(again.logits, well.logits, "in the blocks that it left");
         }
     }

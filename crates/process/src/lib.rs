@@ -1,9 +1,10 @@
-//! What every Sirocco process does the same way: configuration, logs, signals, listeners, health endpoints, metrics.
+//! What every Sirocco process does the same way: configuration, logs, signals, listeners, health endpoints, metrics, devices.
 //!
 //! Knows nothing of models, placements or the store.
 #![forbid(unsafe_code)]
 
 pub mod config;
+mod device;
 pub mod http;
 pub mod logs;
 pub mod metrics;
@@ -11,6 +12,7 @@ mod net;
 mod node;
 mod signals;
 
+pub use device::{DeviceArgs, leave_when_lost, watch_gpu};
 pub use net::{BindError, advertised, bind};
 pub use node::{LifeError, NodeArgs, Running, main};
 pub use signals::Shutdown;

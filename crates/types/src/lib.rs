@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 mod bytes;
+mod device;
 mod grammar;
 mod ids;
 mod load;
@@ -16,6 +17,7 @@ mod routing;
 mod sampling;
 
 pub use bytes::Bytes;
+pub use device::{DeviceChoice, GpuReadings, UnknownDevice};
 pub use grammar::{Calls, Grammar, GrammarTooLong, JsonSchema, Otherwise, Tool, grammar_limits};
 pub use ids::{Epoch, ExpertId, ExpertKey, LayerId, NodeId, NodeIdError};
 pub use load::{LayerLoad, LoadCounters, LoadReport, NodeLoad};

@@ -154,8 +154,8 @@ mod tests {
 
     use clap::Parser;
     use futures::executor::block_on;
-    use sirocco_compute::Pool;
-    use sirocco_model::{Checkpoint, KvCache, LocalExperts, Logits, Model, SequenceChunk, Tokenizer};
+    use sirocco_compute::{Pool, RouterDevice};
+    use sirocco_model::{Checkpoint, LocalExperts, Logits, Model, SequenceChunk, Tokenizer};
     use sirocco_types::ExpertDtype;
 
     use super::*;
@@ -196,11 +196,11 @@ mod tests {
     fn greedy(folder: &Path, threads: usize) -> Vec<u32> {
         let checkpoint = Checkpoint::open(folder).unwrap();
         let pool = Pool::new(threads).unwrap();
-        let model = Model::load(&checkpoint, pool.clone()).unwrap();
+        let device = RouterDevice::Cpu { pool: pool.clone(), kv_blocks: 4 };
+        let mut model = Model::load(&checkpoint, device).unwrap();
         let experts = LocalExperts::load(&checkpoint, ExpertDtype::Bf16, pool).unwrap();
         let prompt = Tokenizer::load(folder, checkpoint.spec()).unwrap().encode("Byte by byte: ä", true).unwrap();
         assert_eq!(prompt.len(), 1 + "Byte by byte: ä".len(), "a beginning, then each byte");
-        let mut kv = KvCache::new(checkpoint.spec(), 4);
         let mut ids = prompt;
         let (mut start, mut generated) = (0, Vec::new());
         for _ in 0..8 {
@@ -211,7 +211,7 @@ mod tests {
                 logits: Logits::Last,
                 until: None,
             };
-            let output = block_on(model.forward(&[&[chunk]], &mut kv, &experts)).unwrap();
+            let output = block_on(model.forward(&[&[chunk]], &experts)).unwrap();
             let best = (0..300_u32).max_by(|a, b| {
                 let at = |id: &u32| output.logits[0][*id as usize];
                 at(a).total_cmp(&at(b))

@@ -55,10 +55,13 @@ impl InProcess {
             .nodes
             .push(sirocco_coordinator::start(config, coordinator, Arc::clone(&store), group.stop.clone()).await?);
 
+        let kv_bytes = args.kv_bytes().await?;
         let group = &mut self.routers;
         for index in 0..args.routers {
             let mut config = sirocco_router_node::Config::new(model.to_owned());
             config.threads = args.threads;
+            config.device = args.device.clone();
+            config.kv_bytes = kv_bytes;
             config.policy = args.policy.clone();
             if index == 0 {
                 config.grpc = listener(args, args.grpc, 8001);
@@ -68,6 +71,7 @@ impl InProcess {
             group.nodes.push(sirocco_router_node::start(config, router, Arc::clone(&store), group.stop.clone()).await?);
         }
 
+        let capacity_bytes = args.capacity_bytes(&sirocco_model::read_spec(model)?).await?;
         let group = &mut self.experts;
         for index in 0..args.expert_nodes {
             let any = ([127, 0, 0, 1], 0).into();
@@ -76,10 +80,8 @@ impl InProcess {
                 grpc: any,
                 http: any,
                 threads: args.threads,
-                capacity_bytes: args.capacity_bytes(),
-                device: args.device,
-                nvrtc: args.nvrtc.clone(),
-                kernel_cache: args.kernel_cache.clone(),
+                capacity_bytes: Some(capacity_bytes),
+                device: args.device.clone(),
                 speed: 100,
                 max_experts_per_layer: None,
                 expert_dtype: args.expert_dtype,

@@ -7,12 +7,12 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Result, bail};
-use sirocco_expert_node::DeviceChoice;
+use anyhow::{Context as _, Result, bail};
+use sirocco_process::DeviceArgs;
 use sirocco_proto::wire::inference::generate_request::Prompt;
 use sirocco_router_node::Policy;
 use sirocco_store::EtcdArgs;
-use sirocco_types::ExpertDtype;
+use sirocco_types::{ExpertDtype, ModelSpec};
 use tokio_util::sync::CancellationToken;
 
 use crate::bundled;
@@ -58,15 +58,9 @@ pub(crate) struct Args {
     /// What the expert nodes keep expert weights as: bf16 as stored, or int8 or int4
     #[arg(long, env = "SIROCCO_EXPERT_DTYPE", value_name = "bf16|int8|int4", default_value_t)]
     pub(crate) expert_dtype: ExpertDtype,
-    /// What the expert nodes run experts on: cpu, an NVIDIA GPU by its number, which they share, or auto
-    #[arg(long, env = "SIROCCO_DEVICE", value_name = "cpu|cuda:N|auto", default_value_t)]
-    pub(crate) device: DeviceChoice,
-    /// NVIDIA's runtime compiler, libnvrtc.so, for GPUs [default: the system's]
-    #[arg(long, env = "SIROCCO_NVRTC", value_name = "FILE")]
-    pub(crate) nvrtc: Option<PathBuf>,
-    /// Where to keep kernels compiled for GPUs [default: sirocco/kernels in the user's cache folder]
-    #[arg(long, env = "SIROCCO_KERNEL_CACHE", value_name = "FOLDER")]
-    pub(crate) kernel_cache: Option<PathBuf>,
+    /// What routers and expert nodes run on; they share a GPU
+    #[command(flatten)]
+    pub(crate) device: DeviceArgs,
     /// Start each node as a process of its own, on etcd
     #[arg(long, env = "SIROCCO_PROCESSES")]
     pub(crate) processes: bool,
@@ -83,10 +77,34 @@ pub(crate) struct Args {
 }
 
 impl Args {
-    /// Each expert node's share of the machine's memory; none for nodes that say themselves what their GPU has room for.
-    fn capacity_bytes(&self) -> Option<u64> {
-        let share = sirocco_expert_node::default_capacity() / u64::from(self.expert_nodes);
-        (self.device == DeviceChoice::Cpu).then_some(share)
+    /// Makes of the device `auto` what it is here, and says why no GPU is used.
+    async fn settle_device(&mut self) -> Result<()> {
+        let mut device = self.device.clone();
+        let settled = tokio::task::spawn_blocking(move || {
+            let said = sirocco_expert_node::settle(&mut device)?;
+            anyhow::Ok((device, said))
+        });
+        let (device, said) = settled.await?.context("--device")?;
+        if let Some(reason) = said {
+            eprintln!("no GPU can be used; all runs on the CPU: {reason}");
+        }
+        self.device = device;
+        Ok(())
+    }
+
+    /// Each router's share of a GPU for its KV cache; none where all routers may take what is usual.
+    async fn kv_bytes(&self) -> Result<Option<u64>> {
+        let (device, routers) = (self.device.clone(), self.routers);
+        let share = tokio::task::spawn_blocking(move || sirocco_expert_node::kv_share(&device, routers));
+        share.await?.context("--device")
+    }
+
+    /// Each expert node's share of the machine's memory or of the GPU's, once the routers have taken theirs.
+    async fn capacity_bytes(&self, spec: &ModelSpec) -> Result<u64> {
+        let (device, dtype, nodes) = (self.device.clone(), self.expert_dtype, self.expert_nodes);
+        let spec = spec.clone();
+        let share = move || sirocco_expert_node::capacity_share(&device, &spec, dtype, nodes);
+        tokio::task::spawn_blocking(share).await?.context("--device")
     }
 }
 
@@ -116,6 +134,7 @@ pub(crate) async fn run(mut args: Args, shutdown: CancellationToken) -> Result<(
         Some(folder) => folder,
         None => bundled::folder()?,
     };
+    args.settle_device().await?;
     if args.processes {
         run_on(processes::Processes::new(&args), &args, &model, &shutdown).await
     } else {

@@ -24,6 +24,8 @@ pub(super) struct Processes {
 struct Node {
     id: String,
     child: Child,
+    /// Where it listens, gRPC and HTTP, once it has said so.
+    listens: Option<(String, String)>,
     stdout: Lines<BufReader<ChildStdout>>,
 }
 
@@ -33,9 +35,12 @@ impl Processes {
         Self { nodes: Vec::new(), grace: Duration::from_secs(2 * args.drain_s + 5) }
     }
 
-    /// Starts the programs: the coordinator, the routers, the expert nodes.
-    fn spawn_all(&mut self, args: &Args, model: &Path) -> Result<()> {
+    /// Starts the programs: the coordinator, the routers, the expert nodes. These share what routers leave of a GPU.
+    async fn spawn_all(&mut self, args: &Args, model: &Path) -> Result<()> {
         const ANY: &str = "127.0.0.1:0";
+        let device = args.device.flags();
+        let spec = sirocco_model::read_spec(model)?;
+        let kv_bytes = args.kv_bytes().await?.map(|bytes| format!("--kv-bytes={bytes}"));
         let model = model.to_str().context("the model folder's path is not UTF-8")?;
         let grpc = listener(args, args.coordinator_grpc, 7400).to_string();
         let http = listener(args, args.coordinator_http, 7401).to_string();
@@ -45,21 +50,20 @@ impl Processes {
             let http = if index == 0 { listener(args, args.http, 8000).to_string() } else { ANY.to_owned() };
             let policy = args.policy.flags();
             let mut flags = vec!["--model", model, "--grpc", &grpc, "--http", &http];
-            flags.extend(policy.iter().map(String::as_str));
+            flags.extend(policy.iter().chain(&device).chain(&kv_bytes).map(String::as_str));
             self.spawn(args, "router-node", format!("router-{index}"), &flags)?;
         }
         let dtype = args.expert_dtype.as_str();
-        let (capacity, device) = (args.capacity_bytes().map(|bytes| bytes.to_string()), args.device.to_string());
+        if args.device.device.ordinal().is_some() {
+            for router in &mut self.nodes[1..] {
+                router.listening().await?;
+            }
+        }
+        let capacity = args.capacity_bytes(&spec).await?.to_string();
         for index in 0..args.expert_nodes {
             let mut flags = vec!["--model", model, "--grpc", ANY, "--http", ANY, "--no-progress"];
-            flags.extend(["--expert-dtype", dtype, "--device", &device]);
-            let paths = [("--nvrtc", &args.nvrtc), ("--kernel-cache", &args.kernel_cache)];
-            for (flag, path) in paths.iter().filter_map(|(flag, path)| Some((flag, path.as_ref()?))) {
-                flags.extend([*flag, path.to_str().with_context(|| format!("{flag} is not UTF-8"))?]);
-            }
-            if let Some(capacity) = &capacity {
-                flags.extend(["--capacity-bytes", capacity]);
-            }
+            flags.extend(["--expert-dtype", dtype, "--capacity-bytes", &capacity]);
+            flags.extend(device.iter().map(String::as_str));
             self.spawn(args, "expert-node", format!("expert-{index}"), &flags)?;
         }
         Ok(())
@@ -96,14 +100,14 @@ impl Processes {
         let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).process_group(0).kill_on_drop(true).spawn();
         let mut child = child.with_context(|| format!("cannot start {}", path.display()))?;
         let stdout = child.stdout.take().context("standard output is piped")?;
-        self.nodes.push(Node { id, child, stdout: BufReader::new(stdout).lines() });
+        self.nodes.push(Node { id, child, listens: None, stdout: BufReader::new(stdout).lines() });
         Ok(())
     }
 }
 
 impl Cluster for Processes {
     async fn start(&mut self, args: &Args, model: &Path) -> Result<Addresses> {
-        self.spawn_all(args, model)?;
+        self.spawn_all(args, model).await?;
         let (coordinator, others) = self.nodes.split_first_mut().context("a coordinator was started")?;
         let (coordinator, _) = coordinator.listening().await?;
         let routers = usize::from(args.routers);
@@ -164,9 +168,13 @@ fn describe(status: std::io::Result<ExitStatus>) -> String {
 impl Node {
     /// Its gRPC and HTTP addresses, once it listens.
     async fn listening(&mut self) -> Result<(String, String)> {
+        if let Some(listens) = &self.listens {
+            return Ok(listens.clone());
+        }
         let line = self.line("listening ").await?;
         let field = |name: &str| line.split(' ').find_map(|field| field.strip_prefix(name)).map(str::to_owned);
-        field("grpc=").zip(field("http=")).with_context(|| format!("{} says {line:?}", self.id))
+        let listens = field("grpc=").zip(field("http=")).with_context(|| format!("{} says {line:?}", self.id))?;
+        Ok(self.listens.insert(listens).clone())
     }
 
     /// The next line of its output that starts with `start`.

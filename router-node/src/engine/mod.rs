@@ -1,8 +1,9 @@
-//! The engine: one thread that owns the model, the KV cache and every running sequence, and computes step after step.
+//! The engine: one thread that owns the model with its KV cache and every running sequence, and computes step after step.
 //!
 //! Requests wait in a bounded queue until their first step, and events go out over one channel each. A sequence whose client is
 //! gone leaves before the next step. It computes on its own thread and its pool, never on the I/O runtime. It waits, for
-//! requests as for experts, by driving a runtime of its own, on which the connections to expert nodes live.
+//! requests as for experts, by driving a runtime of its own, on which the connections to expert nodes live. When the model's device
+//! fails, the requests of that step fail; when it is lost, the node is told.
 
 mod overlap;
 mod sequence;
@@ -14,19 +15,21 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Instant;
 
+use sirocco_compute::{BLOCK_TOKENS, DeviceError};
 use sirocco_model::{
-    Constraint, ConstraintError, Experts, ExpertsError, KvCache, Logits, Model, SequenceChunk, StepOutput, Tokenizer,
+    Constraint, ConstraintError, Experts, ExpertsError, Logits, Model, SequenceChunk, StepError, StepOutput, Tokenizer,
 };
 use sirocco_proto::inference::{Event, Trace};
 use sirocco_types::{LayerId, SamplingParams};
 use tokio::runtime::Runtime;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::deadline::{Deadline, Overdue};
 use crate::metrics::Metrics;
 use crate::scheduler::{Chunk, Counts, Flow, Limits, Scheduler, SequenceId, Step, Submission, TooLarge};
-use sequence::Sequence;
+use sequence::{Next, Sequence};
 
 /// What the engine is made of.
 pub(crate) struct Parts<E> {
@@ -35,6 +38,8 @@ pub(crate) struct Parts<E> {
     pub(crate) experts: E,
     pub(crate) limits: EngineLimits,
     pub(crate) metrics: Arc<Metrics>,
+    /// Cancelled by the engine when the model's device is lost.
+    pub(crate) lost: CancellationToken,
 }
 
 /// What the engine may take.
@@ -46,8 +51,6 @@ pub(crate) struct EngineLimits {
     pub(crate) queue: usize,
     /// Tokens computed in one step.
     pub(crate) step_tokens: usize,
-    /// Blocks of the KV cache.
-    pub(crate) kv_blocks: usize,
     /// Rows that each expert has on average at least in each half of a step that is computed in two; 0 cuts none.
     pub(crate) overlap_rows: usize,
 }
@@ -85,12 +88,25 @@ pub(crate) enum GenerateError {
     /// Its time is over.
     #[error("{0}")]
     Overdue(#[from] Overdue),
-    /// Experts did not answer.
+    /// Experts did not answer, or the device has no memory or is lost: another router may serve it.
     #[error("{0}")]
     Unavailable(String),
     /// The computation went wrong.
     #[error("{0}")]
     Internal(String),
+}
+
+impl From<StepError> for GenerateError {
+    fn from(error: StepError) -> Self {
+        match error {
+            StepError::Experts(ExpertsError::Unavailable(problem)) => Self::Unavailable(problem),
+            StepError::Experts(ExpertsError::Internal(problem)) => Self::Internal(problem),
+            StepError::Device(error @ (DeviceError::OutOfMemory { .. } | DeviceError::Lost { .. })) => {
+                Self::Unavailable(error.to_string())
+            }
+            StepError::Device(error) => Self::Internal(error.to_string()),
+        }
+    }
 }
 
 /// Why a request was not taken in.
@@ -175,29 +191,39 @@ struct EngineThread<E> {
     tokenizer: Arc<Tokenizer>,
     experts: E,
     runtime: Runtime,
-    kv: KvCache,
     scheduler: Scheduler,
     counts: watch::Sender<Counts>,
     metrics: Arc<Metrics>,
     overlap_rows: usize,
+    lost: CancellationToken,
     sequences: HashMap<SequenceId, Sequence>,
     next_id: u64,
 }
 
 impl<E: Experts> EngineThread<E> {
     fn new(parts: Parts<E>, runtime: Runtime) -> Self {
-        let Parts { model, tokenizer, experts, limits, metrics } = parts;
-        let kv = KvCache::new(model.spec(), limits.kv_blocks);
+        let Parts { model, tokenizer, experts, limits, metrics, lost } = parts;
         let scheduler = Scheduler::new(Limits {
             sequences: limits.sequences,
             step_tokens: limits.step_tokens,
-            kv_blocks: limits.kv_blocks,
-            block_tokens: KvCache::BLOCK_TOKENS,
+            kv_blocks: model.router().kv_blocks(),
+            block_tokens: BLOCK_TOKENS,
         });
         let overlap_rows = limits.overlap_rows;
         let counts = watch::Sender::new(scheduler.counts());
-        let sequences = HashMap::new();
-        Self { model, tokenizer, experts, runtime, kv, scheduler, counts, metrics, overlap_rows, sequences, next_id: 0 }
+        Self {
+            model,
+            tokenizer,
+            experts,
+            runtime,
+            scheduler,
+            counts,
+            metrics,
+            overlap_rows,
+            lost,
+            sequences: HashMap::new(),
+            next_id: 0,
+        }
     }
 
     /// Serves until no handle is left, and gives back what it waited with.
@@ -273,29 +299,12 @@ impl<E: Experts> EngineThread<E> {
 
     fn step(&mut self, step: &Step) {
         let now = Instant::now();
-        for &(from, to) in &step.copies {
-            self.kv.copy(from, to);
-        }
         for chunk in &step.chunks {
             let sequence = self.sequences.get_mut(&chunk.id).expect("the scheduler runs only what was submitted");
             sequence.begin(now, self.scheduler.found(chunk.id), &self.metrics);
         }
-        let batch: Vec<SequenceChunk> = step
-            .chunks
-            .iter()
-            .map(|chunk| SequenceChunk {
-                blocks: self.scheduler.table(chunk.id),
-                start: chunk.start,
-                tokens: &self.scheduler.tokens(chunk.id)[chunk.start..chunk.start + chunk.len],
-                logits: if chunk.samples { Logits::Last } else { Logits::None },
-                until: self.sequences.get(&chunk.id).map(|sequence| sequence.request.deadline.at),
-            })
-            .collect();
-        let (first, second) = batch.split_at(overlap::cut(&step.chunks, self.model.spec(), self.overlap_rows));
-        let batches: &[&[SequenceChunk]] = if second.is_empty() { &[first] } else { &[first, second] };
-        let forward = self.model.forward(batches, &mut self.kv, &self.experts);
-        match self.runtime.block_on(forward) {
-            Ok(output) => {
+        match self.compute(step) {
+            Ok((output, wanted)) => {
                 for (chunk, layer) in step.chunks.iter().zip(&output.overflows) {
                     if let Some(layer) = layer {
                         // Before its blocks could be used by others.
@@ -304,44 +313,81 @@ impl<E: Experts> EngineThread<E> {
                 }
                 self.scheduler.finish(step);
                 let (times, sampling) = (output.times, Instant::now());
-                self.commit(&step.chunks, output);
+                self.commit(step.chunks.iter().zip(wanted), output);
                 let tokens = step.chunks.iter().map(|chunk| chunk.len).sum();
                 self.metrics.step(tokens, now.elapsed(), times, sampling.elapsed());
             }
-            Err(error) => {
-                let error = match error {
-                    ExpertsError::Unavailable(problem) => GenerateError::Unavailable(problem),
-                    ExpertsError::Internal(problem) => GenerateError::Internal(problem),
-                };
-                let now = Instant::now();
-                for chunk in &step.chunks {
-                    let deadline = self.sequences.get(&chunk.id).map(|sequence| sequence.request.deadline);
-                    match deadline.filter(|deadline| deadline.at <= now) {
-                        // Its experts may have been given up for that reason alone.
-                        Some(deadline) => self.fail(chunk.id, deadline.overdue().into()),
-                        None => self.fail(chunk.id, error.clone()),
-                    }
+            Err(error) => self.give_up(step, error),
+        }
+    }
+
+    /// Has the model compute a step. Returns with it what is wanted after each chunk.
+    fn compute(&mut self, step: &Step) -> Result<(StepOutput, Vec<Logits>), StepError> {
+        for &(from, to) in &step.copies {
+            self.model.copy_block(from, to)?;
+        }
+        let batch: Vec<SequenceChunk> = step
+            .chunks
+            .iter()
+            .map(|chunk| {
+                let sequence = self.sequences.get(&chunk.id);
+                SequenceChunk {
+                    blocks: self.scheduler.table(chunk.id),
+                    start: chunk.start,
+                    tokens: &self.scheduler.tokens(chunk.id)[chunk.start..chunk.start + chunk.len],
+                    logits: match sequence {
+                        Some(sequence) if chunk.samples => sequence.wants(),
+                        _ => Logits::None,
+                    },
+                    until: sequence.map(|sequence| sequence.request.deadline.at),
                 }
+            })
+            .collect();
+        let (first, second) = batch.split_at(overlap::cut(&step.chunks, self.model.spec(), self.overlap_rows));
+        let output = self.runtime.block_on(self.model.forward(&[first, second], &self.experts))?;
+        Ok((output, batch.iter().map(|chunk| chunk.logits).collect()))
+    }
+
+    /// Fails the sequences of a step that could not be computed.
+    fn give_up(&mut self, step: &Step, error: StepError) {
+        if let StepError::Device(error) = &error {
+            tracing::error!(%error, requests = step.chunks.len(), "a step failed");
+            if matches!(error, DeviceError::Lost { .. }) {
+                self.lost.cancel();
+            }
+        }
+        let error = GenerateError::from(error);
+        let now = Instant::now();
+        for chunk in &step.chunks {
+            let deadline = self.sequences.get(&chunk.id).map(|sequence| sequence.request.deadline);
+            match deadline.filter(|deadline| deadline.at <= now) {
+                // Its experts may have been given up for that reason alone.
+                Some(deadline) => self.fail(chunk.id, deadline.overdue().into()),
+                None => self.fail(chunk.id, error.clone()),
             }
         }
     }
 
-    /// Takes a step's results into its sequences.
-    fn commit(&mut self, chunks: &[Chunk], output: StepOutput) {
-        let mut logits = output.logits.into_iter();
+    /// Takes a step's results into its sequences; `chunks` with what is wanted after each.
+    fn commit<'a>(&mut self, chunks: impl Iterator<Item = (&'a Chunk, Logits)>, output: StepOutput) {
+        let (mut logits, mut likeliest) = (output.logits.into_iter(), output.likeliest.into_iter());
         let mut row = 0;
-        for chunk in chunks {
+        for (chunk, wanted) in chunks {
             let start = row;
             row += chunk.len;
-            let logits = if chunk.samples { logits.next() } else { None };
+            let next = match wanted {
+                Logits::None | Logits::All => None,
+                Logits::Likeliest => likeliest.next().map(Next::Likeliest),
+                Logits::Last => logits.next().map(Next::Logits),
+            };
             // What overflowed has failed.
             let Some(sequence) = self.sequences.get_mut(&chunk.id) else { continue };
             if sequence.request.trace.routing {
                 sequence.note_routing(&output.routing, start, chunk);
             }
-            let Some(logits) = logits else { continue };
+            let Some(next) = next else { continue };
             let eos = &self.model.spec().eos_token_ids;
-            match sequence.advance(logits, &self.tokenizer, eos, &self.metrics) {
+            match sequence.advance(next, &self.tokenizer, eos, &self.metrics) {
                 Ok(Some(token)) => self.scheduler.grew(chunk.id, token),
                 Ok(None) => drop(self.remove(chunk.id)),
                 Err(error) => self.fail(chunk.id, error),

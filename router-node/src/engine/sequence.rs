@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use sirocco_model::{Detokenizer, SampleError, Sampler, StopMatcher, Tokenizer};
+use sirocco_model::{Detokenizer, Logits, SampleError, Sampler, StopMatcher, Tokenizer};
 use sirocco_proto::inference::{Event, Finished, Token};
 use sirocco_types::{FinishReason, Routing, Timings, Usage};
 use tokio::sync::OwnedSemaphorePermit;
@@ -79,16 +79,25 @@ impl Sequence {
         self.place = None;
     }
 
-    /// Samples the next token and tells the client. Returns the token if the sequence goes on.
+    /// What it needs of a step to go on.
+    pub(super) fn wants(&self) -> Logits {
+        if self.sampler.takes_likeliest() && !self.request.trace.logits { Logits::Likeliest } else { Logits::Last }
+    }
+
+    /// Takes the next token, which `next` decides, and tells the client. Returns the token if the sequence goes on.
     pub(super) fn advance(
         &mut self,
-        logits: Vec<f32>,
+        next: Next,
         tokenizer: &Tokenizer,
         eos: &[u32],
         metrics: &Metrics,
     ) -> Result<Option<u32>, GenerateError> {
         let index = self.generated;
-        let sampled = self.sampler.sample(index, &logits).map_err(|error| match error {
+        let sampled = match &next {
+            Next::Likeliest(id) => self.sampler.take(index, *id),
+            Next::Logits(logits) => self.sampler.sample(index, logits),
+        };
+        let sampled = sampled.map_err(|error| match error {
             SampleError::NotFinite(_) => GenerateError::Internal(error.to_string()),
             SampleError::Constraint(error) => error.into(),
         })?;
@@ -106,7 +115,10 @@ impl Sequence {
             text,
             logprob: sampled.logprob,
             top_logprobs: top.map(|(id, logprob)| (id, logprob, tokenizer.token_text(id))).collect(),
-            logits: if self.request.trace.logits { logits } else { Vec::new() },
+            logits: match next {
+                Next::Logits(logits) if self.request.trace.logits => logits,
+                _ => Vec::new(),
+            },
             routing,
         }));
         match end {
@@ -194,6 +206,14 @@ impl Sequence {
     fn send(&self, event: Event) {
         super::send(&self.request.events, Ok(event));
     }
+}
+
+/// What a step gives a sequence that goes on.
+pub(super) enum Next {
+    /// The likeliest token; none when the logits are not all finite.
+    Likeliest(Option<u32>),
+    /// `[vocab_size]`
+    Logits(Vec<f32>),
 }
 
 /// How a completion ends.

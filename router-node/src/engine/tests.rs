@@ -3,10 +3,10 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use serde_json::Value;
-use sirocco_compute::Pool;
+use sirocco_compute::{GpuGauge, Pool, Queries, RouterBackend, RouterDevice};
 use sirocco_model::{Checkpoint, LocalExperts};
 use sirocco_proto::inference::{Finished, Token};
-use sirocco_types::{ExpertDtype, FinishReason};
+use sirocco_types::{ExpertDtype, FinishReason, Routing};
 use tokio::runtime::Runtime;
 
 use super::*;
@@ -14,8 +14,7 @@ use crate::scheduler::ClientId;
 
 /// Enough for every test's sequences at once.
 const PLENTY: usize = 512;
-const LIMITS: EngineLimits =
-    EngineLimits { sequences: 32, queue: 64, step_tokens: 512, kv_blocks: PLENTY, overlap_rows: 16 };
+const LIMITS: EngineLimits = EngineLimits { sequences: 32, queue: 64, step_tokens: 512, overlap_rows: 16 };
 
 fn path(relative: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(relative)
@@ -29,24 +28,37 @@ struct Setup {
 }
 
 impl Setup {
-    fn start(limits: EngineLimits) -> Self {
-        Self::with(&path("models/demo"), limits)
+    fn start(limits: EngineLimits, kv_blocks: usize) -> Self {
+        Self::with(&path("models/demo"), limits, kv_blocks)
     }
 
-    fn with(folder: &Path, limits: EngineLimits) -> Self {
+    fn with(folder: &Path, limits: EngineLimits, kv_blocks: usize) -> Self {
+        Self::changed(folder, limits, kv_blocks, |router| router).0
+    }
+
+    /// With what `change` makes of the router, and what the engine cancels when its device is lost.
+    fn changed(
+        folder: &Path,
+        limits: EngineLimits,
+        kv_blocks: usize,
+        change: impl FnOnce(Box<dyn RouterBackend>) -> Box<dyn RouterBackend>,
+    ) -> (Self, CancellationToken) {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let driven = tokio::runtime::Builder::new_current_thread().build().unwrap();
         let checkpoint = Checkpoint::open(folder).unwrap();
         let pool = Pool::new(2).unwrap();
+        let lost = CancellationToken::new();
+        let model = Model::load(&checkpoint, RouterDevice::Cpu { pool: pool.clone(), kv_blocks }).unwrap();
         let parts = Parts {
-            model: Model::load(&checkpoint, pool.clone()).unwrap(),
+            model: model.with_router(change),
             tokenizer: Arc::new(Tokenizer::load(checkpoint.folder(), checkpoint.spec()).unwrap()),
             experts: LocalExperts::load(&checkpoint, ExpertDtype::Bf16, pool).unwrap(),
             limits,
             metrics: crate::metrics::tests::metrics().0,
+            lost: lost.clone(),
         };
         let (engine, thread) = Engine::start(parts, driven, TaskTracker::new()).unwrap();
-        Self { engine: Some(engine), thread: Some(thread), runtime }
+        (Self { engine: Some(engine), thread: Some(thread), runtime }, lost)
     }
 
     fn engine(&self) -> &Engine {
@@ -152,16 +164,16 @@ fn batch_mates_chunks_cache_hits_and_preemption_change_no_bit() {
     let alone: Vec<Answer> = goldens
         .iter()
         .map(|(prompt, greedy)| {
-            let answer = Setup::start(LIMITS).run(vec![Asked::greedy(prompt.clone())]).swap_remove(0);
+            let answer = Setup::start(LIMITS, PLENTY).run(vec![Asked::greedy(prompt.clone())]).swap_remove(0);
             assert_eq!(answer.ids(), *greedy);
             answer
         })
         .collect();
     for step_tokens in [1, 7, 64, 512] {
         // With one token a step there is one sequence of each client under way.
-        let few = (if step_tokens == 1 { 96 } else { 192 }) / KvCache::BLOCK_TOKENS;
+        let few = (if step_tokens == 1 { 96 } else { 192 }) / BLOCK_TOKENS;
         for kv_blocks in [PLENTY, few] {
-            let setup = Setup::start(EngineLimits { step_tokens, kv_blocks, ..LIMITS });
+            let setup = Setup::start(EngineLimits { step_tokens, ..LIMITS }, kv_blocks);
             for (visit, shuffle) in [("first", 37), ("again", 23)] {
                 // Each golden, and others that begin as one of them and go on differently.
                 let mut order: Vec<usize> = (0..32).collect();
@@ -197,7 +209,7 @@ fn a_preempted_sequence_reports_the_experts_it_would_have_reported_alone() {
         let trace = Trace { routing: true, ..Trace::default() };
         Asked { trace, ..Asked::greedy(prompt.clone()) }
     };
-    let setup = Setup::start(EngineLimits { kv_blocks: 96 / KvCache::BLOCK_TOKENS, ..LIMITS });
+    let setup = Setup::start(LIMITS, 96 / BLOCK_TOKENS);
     let together = setup.run(goldens.iter().map(|(prompt, _)| asked(prompt)).collect());
     let counts = setup.engine().counts();
     assert!(counts.preemptions > 0, "{counts:?}");
@@ -223,8 +235,8 @@ fn a_completion_goes_on_from_any_token_with_the_same_bytes() {
     };
     let trace = Trace { logits: true, ..Trace::default() };
     let asked = Asked { prompt, generated: Vec::new(), sampling, trace, client: 0 };
-    let whole = Setup::start(LIMITS).run(vec![asked.clone()]).swap_remove(0);
-    let other = Setup::start(EngineLimits { step_tokens: 5, ..LIMITS });
+    let whole = Setup::start(LIMITS, PLENTY).run(vec![asked.clone()]).swap_remove(0);
+    let other = Setup::start(EngineLimits { step_tokens: 5, ..LIMITS }, PLENTY);
     for from in 0..=whole.tokens.len() {
         let generated = whole.ids()[..from].to_vec();
         let rest = other.run(vec![Asked { generated, ..asked.clone() }]).swap_remove(0);
@@ -238,7 +250,7 @@ fn a_completion_goes_on_from_any_token_with_the_same_bytes() {
 #[test]
 fn a_completion_that_ended_before_it_was_resumed_ends_the_same_way() {
     let (prompt, _) = goldens().swap_remove(0);
-    let setup = Setup::start(LIMITS);
+    let setup = Setup::start(LIMITS, PLENTY);
     let whole = setup.run(vec![Asked::greedy(prompt.clone())]).swap_remove(0);
     let stop: String = whole.text().chars().skip(20).take(4).collect();
     let mut asked = Asked::greedy(prompt);
@@ -252,7 +264,7 @@ fn a_completion_that_ended_before_it_was_resumed_ends_the_same_way() {
 
 #[test]
 fn sequences_leave_with_their_clients_and_no_block_stays_held() {
-    let setup = Setup::start(EngineLimits { sequences: 4, kv_blocks: 640 / KvCache::BLOCK_TOKENS, ..LIMITS });
+    let setup = Setup::start(EngineLimits { sequences: 4, ..LIMITS }, 640 / BLOCK_TOKENS);
     let goldens = goldens();
     let mut streams = Vec::new();
     for (index, (prompt, _)) in goldens.iter().enumerate() {
@@ -282,14 +294,14 @@ fn a_prompt_may_fill_a_context_of_32k_tokens() {
     let tokenizer = r#"{"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}"#;
     std::fs::write(folder.path().join("tokenizer.json"), tokenizer).unwrap();
 
-    let setup = Setup::with(folder.path(), EngineLimits { kv_blocks: CONTEXT / KvCache::BLOCK_TOKENS, ..LIMITS });
+    let setup = Setup::with(folder.path(), LIMITS, CONTEXT / BLOCK_TOKENS);
     let prompt: Vec<u32> = (0..CONTEXT as u32 - 4).map(|i| (i * 97 + i / 7) % 256).collect();
     let mut asked = Asked::greedy(prompt);
     asked.sampling.max_tokens = 4;
     let first = setup.run(vec![asked.clone()]).swap_remove(0);
     let again = setup.run(vec![asked]).swap_remove(0);
     again.assert_same(&first, "from the cache");
-    let full_blocks = CONTEXT - KvCache::BLOCK_TOKENS;
+    let full_blocks = CONTEXT - BLOCK_TOKENS;
     assert_eq!(again.finished.usage.cached_tokens as usize, full_blocks);
 }
 
@@ -327,11 +339,11 @@ fn a_request_that_overflows_fails_alone_and_names_its_layer() {
         goldens().into_iter().map(|(prompt, _)| prompt).filter(|prompt| !prompt.contains(&TOKEN)).take(4).collect();
     let alone: Vec<Answer> = goldens
         .iter()
-        .map(|prompt| Setup::with(model.path(), LIMITS).run(vec![Asked::greedy(prompt.clone())]).swap_remove(0))
+        .map(|prompt| Setup::with(model.path(), LIMITS, PLENTY).run(vec![Asked::greedy(prompt.clone())]).swap_remove(0))
         .collect();
     for step_tokens in [16, 512] {
         // Few blocks, so that those of the failed are used again.
-        let setup = Setup::with(model.path(), EngineLimits { step_tokens, kv_blocks: 24, ..LIMITS });
+        let setup = Setup::with(model.path(), EngineLimits { step_tokens, ..LIMITS }, 24);
         let mut counts = setup.engine().counts.clone();
         let sick = |prompt: &[u32]| [prompt, &[TOKEN; 40]].concat();
         for round in 0..3 {
@@ -352,6 +364,138 @@ fn a_request_that_overflows_fails_alone_and_names_its_layer() {
                 } else {
                     let answer = setup.runtime.block_on(Answer::of(stream));
                     answer.assert_same(&alone[index / 2], &format!("{step_tokens} tokens a step, round {round}"));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn greedy_sequences_that_ask_for_nothing_else_get_the_tokens_that_logits_give() {
+    let setup = Setup::start(EngineLimits { step_tokens: 40, ..LIMITS }, PLENTY);
+    let plain = |prompt: &Vec<u32>| Asked { trace: Trace::default(), ..Asked::greedy(prompt.clone()) };
+    let goldens = goldens();
+    // Alone in their steps, and beside sequences that ask for logits.
+    for mates in [false, true] {
+        let asked = goldens.iter().flat_map(|(prompt, _)| {
+            let mate = mates.then(|| Asked::greedy(prompt.clone()));
+            mate.into_iter().chain([plain(prompt)])
+        });
+        let answers = setup.run(asked.collect());
+        for (answers, (_, greedy)) in answers.chunks(1 + usize::from(mates)).zip(&goldens) {
+            for answer in answers {
+                assert_eq!(answer.ids(), *greedy);
+            }
+            assert!(answers.last().unwrap().tokens.iter().all(|token| token.logits.is_empty()));
+        }
+    }
+}
+
+/// A router that fails in one of the layers that it attends, and after that too when its device is lost.
+#[derive(Debug)]
+struct Odd {
+    router: Box<dyn RouterBackend>,
+    /// Layers until it fails.
+    left: u32,
+    error: DeviceError,
+}
+
+impl RouterBackend for Odd {
+    fn kind(&self) -> &'static str {
+        self.router.kind()
+    }
+
+    fn name(&self) -> String {
+        self.router.name()
+    }
+
+    fn gauge(&self) -> Option<GpuGauge> {
+        self.router.gauge()
+    }
+
+    fn weight_bytes(&self) -> usize {
+        self.router.weight_bytes()
+    }
+
+    fn kv_blocks(&self) -> usize {
+        self.router.kv_blocks()
+    }
+
+    fn copy_block(&mut self, from: u32, to: u32) -> Result<(), DeviceError> {
+        self.router.copy_block(from, to)
+    }
+
+    fn begin(&mut self, lane: usize, tokens: &[u32], queries: &[Queries]) -> Result<(), DeviceError> {
+        self.router.begin(lane, tokens, queries)
+    }
+
+    fn attend(&mut self, lane: usize, layer: LayerId, normed: &mut Vec<f32>) -> Result<Routing, DeviceError> {
+        let fails = match self.left.checked_sub(1) {
+            Some(left) => std::mem::replace(&mut self.left, left) == 1,
+            None => matches!(self.error, DeviceError::Lost { .. }),
+        };
+        if fails { Err(self.error.clone()) } else { self.router.attend(lane, layer, normed) }
+    }
+
+    fn add_experts(&mut self, lane: usize, layer: LayerId, combined: &[f32]) -> Result<(), DeviceError> {
+        self.router.add_experts(lane, layer, combined)
+    }
+
+    fn overflows(&mut self, lane: usize) -> Result<Vec<Option<LayerId>>, DeviceError> {
+        self.router.overflows(lane)
+    }
+
+    fn logits(&mut self, lane: usize, rows: &[u32]) -> Result<Vec<f32>, DeviceError> {
+        self.router.logits(lane, rows)
+    }
+
+    fn likeliest(&mut self, lane: usize, rows: &[u32]) -> Result<Vec<Option<u32>>, DeviceError> {
+        self.router.likeliest(lane, rows)
+    }
+}
+
+#[test]
+fn a_step_that_fails_fails_its_requests_and_only_a_lost_device_is_the_end_of_the_router() {
+    let device = || "cuda:0".to_owned();
+    let of_memory = DeviceError::OutOfMemory { device: device(), what: "a batch", bytes: 7 };
+    let call = DeviceError::Call { device: device(), call: "cuLaunchKernel", problem: "no".into() };
+    let gone = DeviceError::Lost { device: device(), call: "cuStreamSynchronize", problem: "gone".into() };
+    let cases = [
+        (of_memory.clone(), GenerateError::Unavailable(of_memory.to_string()), false),
+        (call.clone(), GenerateError::Internal(call.to_string()), false),
+        (gone.clone(), GenerateError::Unavailable(gone.to_string()), true),
+    ];
+    let goldens = goldens();
+    for (error, expected, is_lost) in cases {
+        // In the first layer of the prompts, and in the middle of the completions.
+        for left in [1, 42] {
+            let odd = |router| Box::new(Odd { router, left, error: error.clone() }) as Box<dyn RouterBackend>;
+            let (setup, lost) = Setup::changed(&path("models/demo"), LIMITS, PLENTY, odd);
+            let (requests, streams): (Vec<_>, Vec<_>) =
+                goldens.iter().map(|(prompt, _)| Asked::greedy(prompt.clone()).request()).unzip();
+            setup.engine().submit(requests).unwrap();
+            // Who came a step later has to fail only when there is nothing to go on with.
+            let failure = async |mut stream: mpsc::Receiver<Result<Event, GenerateError>>| {
+                while let Some(event) = stream.recv().await {
+                    if let Err(error) = event {
+                        return Some(error);
+                    }
+                }
+                None
+            };
+            let failures: Vec<GenerateError> =
+                streams.into_iter().filter_map(|stream| setup.runtime.block_on(failure(stream))).collect();
+            let least = if is_lost { goldens.len() } else { 1 };
+            assert!(failures.len() >= least && failures.iter().all(|failed| *failed == expected), "{failures:?}");
+            assert_eq!(lost.is_cancelled(), is_lost, "{error}");
+            if is_lost {
+                let (request, mut stream) = Asked::greedy(goldens[0].0.clone()).request();
+                setup.engine().submit(vec![request]).unwrap();
+                assert_eq!(setup.runtime.block_on(stream.recv()).unwrap(), Err(expected.clone()));
+            } else {
+                let again = setup.run(goldens.iter().map(|(prompt, _)| Asked::greedy(prompt.clone())).collect());
+                for (answer, (_, greedy)) in again.iter().zip(&goldens) {
+                    assert_eq!(answer.ids(), *greedy, "{error}");
                 }
             }
         }

@@ -5,8 +5,8 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result, ensure};
 use futures::executor::block_on;
-use sirocco_compute::Pool;
-use sirocco_model::{Checkpoint, KvCache, LocalExperts, Logits, Model, SequenceChunk, StepOutput};
+use sirocco_compute::{BLOCK_TOKENS, Pool, RouterDevice, kv_block_bytes};
+use sirocco_model::{Checkpoint, LocalExperts, Logits, Model, SequenceChunk, StepOutput};
 use sirocco_types::{ExpertDtype, ModelSpec};
 
 use crate::work::{Run, Work};
@@ -14,8 +14,7 @@ use crate::work::{Run, Work};
 pub(crate) struct OneProcess {
     model: Model,
     experts: LocalExperts,
-    kv: KvCache,
-    /// Blocks of `kv`, which sequences share among them.
+    /// Blocks of the KV cache, which sequences share among them.
     blocks: Vec<u32>,
     expert_bytes: usize,
 }
@@ -25,13 +24,12 @@ impl OneProcess {
     pub(crate) fn load(checkpoint: &Checkpoint, dtype: ExpertDtype, threads: usize, tokens: usize) -> Result<Self> {
         let (spec, pool) = (checkpoint.spec(), Pool::new(threads)?);
         // The last block of each sequence may not be full.
-        let blocks = tokens.div_ceil(KvCache::BLOCK_TOKENS) + 16;
+        let blocks = tokens.div_ceil(BLOCK_TOKENS) + 16;
         let first = spec.experts().next().context("a model has experts")?;
         Ok(Self {
             expert_bytes: checkpoint.load_expert(first, dtype)?.bytes(),
-            model: Model::load(checkpoint, pool.clone())?,
+            model: Model::load(checkpoint, RouterDevice::Cpu { pool: pool.clone(), kv_blocks: blocks })?,
             experts: LocalExperts::load(checkpoint, dtype, pool)?,
-            kv: KvCache::new(spec, blocks),
             blocks: (0..blocks as u32).collect(),
         })
     }
@@ -73,7 +71,7 @@ impl OneProcess {
     fn step(&mut self, starts: &[usize], inputs: &[Vec<u32>]) -> Result<StepOutput> {
         let share = self.blocks.len() / inputs.len();
         let longest = starts.iter().zip(inputs).map(|(start, tokens)| start + tokens.len()).max().unwrap_or(0);
-        ensure!(longest <= share * KvCache::BLOCK_TOKENS, "{longest} tokens, the KV cache has room for {share} blocks");
+        ensure!(longest <= share * BLOCK_TOKENS, "{longest} tokens, the KV cache has room for {share} blocks");
         let chunks: Vec<SequenceChunk<'_>> = inputs
             .iter()
             .zip(starts)
@@ -86,7 +84,7 @@ impl OneProcess {
                 until: None,
             })
             .collect();
-        Ok(block_on(self.model.forward(&[&chunks], &mut self.kv, &self.experts))?)
+        Ok(block_on(self.model.forward(&[&chunks], &self.experts))?)
     }
 
     /// What a step had to do.
@@ -102,7 +100,7 @@ impl OneProcess {
 
         let (layer, head) = (layer_weights(spec), spec.vocab_size * spec.hidden_size);
         let chosen = spec.num_experts_per_tok * 3 * spec.hidden_size * spec.intermediate_size;
-        let kv = KvCache::block_bytes(spec) / KvCache::BLOCK_TOKENS;
+        let kv = kv_block_bytes(spec) / BLOCK_TOKENS;
         let bytes = (layers * layer + head) * spec.dtype.size() + experts * self.expert_bytes + read * kv;
         let weights = tokens * layers * (layer + chosen) + output.logits.len() * head;
         let attention = 2 * layers * spec.num_attention_heads * spec.head_dim * seen;

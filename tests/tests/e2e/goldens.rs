@@ -67,7 +67,7 @@ fn poisoned(folder: &Path, expert: usize) -> PathBuf {
 #[tokio::test(flavor = "multi_thread")]
 async fn every_cluster_says_what_one_process_and_transformers_say() {
     let goldens = goldens();
-    let local = Local::load();
+    let mut local = Local::load();
     let local: Vec<Traced> = goldens.iter().map(|g| local.generate(&g.input_ids, g.greedy_ids.len())).collect();
     let etcd = Etcd::start().unwrap();
     let demo = repository("models/demo");

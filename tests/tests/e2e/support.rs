@@ -2,8 +2,8 @@
 
 use futures::executor::block_on;
 use serde_json::Value;
-use sirocco_compute::Pool;
-use sirocco_model::{Checkpoint, KvCache, LocalExperts, Logits, Model, SequenceChunk};
+use sirocco_compute::{Pool, RouterDevice};
+use sirocco_model::{Checkpoint, LocalExperts, Logits, Model, SequenceChunk};
 use sirocco_proto::channel::{self, MAX_MESSAGE_BYTES};
 use sirocco_proto::inference::InferenceServiceClient;
 use sirocco_proto::tonic::Status;
@@ -112,7 +112,6 @@ pub(crate) async fn generate_watched(
 
 /// The whole bundled model in this process.
 pub(crate) struct Local {
-    checkpoint: Checkpoint,
     model: Model,
     experts: LocalExperts,
 }
@@ -121,21 +120,20 @@ impl Local {
     pub(crate) fn load() -> Self {
         let checkpoint = Checkpoint::open(&repository("models/demo")).unwrap();
         let pool = Pool::new(2).unwrap();
-        let model = Model::load(&checkpoint, pool.clone()).unwrap();
+        let model = Model::load(&checkpoint, RouterDevice::Cpu { pool: pool.clone(), kv_blocks: 16 }).unwrap();
         let experts = LocalExperts::load(&checkpoint, ExpertDtype::Bf16, pool).unwrap();
-        Self { checkpoint, model, experts }
+        Self { model, experts }
     }
 
     /// The same as [`generate`] for a greedy request, without text.
-    pub(crate) fn generate(&self, prompt: &[u32], max_tokens: usize) -> Traced {
-        let mut kv = KvCache::new(self.checkpoint.spec(), 16);
+    pub(crate) fn generate(&mut self, prompt: &[u32], max_tokens: usize) -> Traced {
         let blocks: Vec<u32> = (0..16).collect();
         let mut tokens = prompt.to_vec();
         let (mut start, mut traced) = (0, Traced::default());
         for _ in 0..max_tokens {
             let chunk =
                 SequenceChunk { blocks: &blocks, start, tokens: &tokens[start..], logits: Logits::Last, until: None };
-            let step = block_on(self.model.forward(&[&[chunk]], &mut kv, &self.experts)).unwrap();
+            let step = block_on(self.model.forward(&[&[chunk]], &self.experts)).unwrap();
             let logits = &step.logits[0];
             let best = (0..logits.len()).fold(0, |best, id| if logits[id] > logits[best] { id } else { best });
             start = tokens.len();

@@ -6,7 +6,6 @@
 //! there from the start, so a batch needs no memory.
 
 use std::collections::HashMap;
-use std::ffi::c_void;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -16,20 +15,38 @@ use super::error::DeviceError;
 use super::expert::{CudaExpert, CudaPacker, Staging};
 use super::gpu::{Gpu, Kernel, Memory, Pinned, Stream};
 use super::kernels::{KernelSettings, Kernels, grid_y};
-use super::layout::{Layout, Matrix, row_bytes, write_row};
+use super::launch::Operands;
+use super::layout::{Layout, row_bytes, write_row};
 use super::nvml::Nvml;
-use super::plan::{Piece, Work, items, waves};
+use super::plan::{ITEM, Piece, Work, item, items, waves};
 use crate::backend::{Batch, ExpertBackend, GpuReadings};
 use crate::ffn::ExpertPacker;
 
 /// Most rows of a wave.
 const SLOTS: usize = 4096;
 
-/// Bytes of an item as kernels read it: two addresses, its first slot, its rows.
-const ITEM: usize = 24;
-
 /// The part of a GPU's memory that is left to the driver and to others: one in so many.
-const RESERVE: usize = 32;
+pub(super) const RESERVE: usize = 32;
+
+/// What the driver takes for each process on a GPU, at most.
+const CONTEXT: usize = 640 << 20;
+
+/// A GPU's memory, bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GpuMemory {
+    /// In nobody's use.
+    pub free: usize,
+    /// All of it.
+    pub total: usize,
+}
+
+/// The memory of the GPU `cuda:ordinal` now. Errors say why it cannot be used; kernels are compiled for that, unless they are cached.
+pub fn probe_gpu(ordinal: usize, settings: &KernelSettings) -> Result<GpuMemory, DeviceError> {
+    let gpu = Gpu::open(ordinal)?;
+    Kernels::load(&gpu, settings, ExpertDtype::default())?;
+    let (free, total) = gpu.memory()?;
+    Ok(GpuMemory { free, total })
+}
 
 /// Experts on a GPU.
 #[derive(Debug)]
@@ -72,6 +89,13 @@ impl CudaBackend {
 }
 
 impl CudaBackend {
+    /// Bytes of experts that each of `nodes` such backends has room for, when they are opened together on a GPU with `memory`, by
+    /// processes of their own.
+    pub fn share(memory: GpuMemory, nodes: usize, dtype: ExpertDtype, (hidden, inter): (usize, usize)) -> usize {
+        let workspace = 2 * Lane::device_bytes(Layout { dtype, hidden, inter });
+        memory.free.saturating_sub(memory.total / RESERVE + nodes * (workspace + CONTEXT)) / nodes
+    }
+
     /// For benchmarks: how long the kernels take for the first wave of `batch`, without the copies on both sides, on average over
     /// `times`.
     pub fn kernel_time(&self, batch: &Batch, times: u32) -> Result<Duration, DeviceError> {
@@ -194,7 +218,7 @@ impl Lane {
         self.pieces = wave;
         self.compute(kernels, layout, &prepared)?;
         // SAFETY: `finish` or `stop` waits before the lane is used again; `finish` reads it after that.
-        unsafe { self.stream.copy_out(&mut self.output, &self.device_output, prepared.slots * layout.hidden * 4) }
+        unsafe { self.stream.copy_out(&mut self.output, &self.device_output, 0, prepared.slots * layout.hidden * 4) }
     }
 
     /// Writes what a wave needs and queues its copy. Nothing must be under way.
@@ -218,16 +242,27 @@ impl Lane {
         let row_of = items + prepared.row_of as u64;
         let halves = [
             (gate_up, [&kernels.gate_up_few, &kernels.gate_up_many], (x, row_of, gated), true),
-            (down, [&kernels.down_few, &kernels.down_many], (gated, 0, output), false),
+            (down, [&kernels.linear_few, &kernels.linear_many], (gated, 0, output), false),
         ];
         for (matrix, [for_few, for_many], (from, row_of, to), is_gated) in halves {
             let (few_y, many_y) = grid_y(matrix.tiles, is_gated);
-            let call = Call { items, from, row_of, to, matrix, width: matrix.outputs };
-            call.launch(&self.stream, for_few, (prepared.few, few_y))?;
-            let call = Call { items: items + (prepared.few * ITEM) as u64, ..call };
-            call.launch(&self.stream, for_many, (prepared.many, many_y))?;
+            // Of weights the items have whole addresses.
+            let call = Operands { items, base: 0, from, row_of, to, matrix, width: matrix.outputs };
+            self.launch(for_few, (prepared.few, few_y), &call)?;
+            let call = Operands { items: items + (prepared.few * ITEM) as u64, ..call };
+            self.launch(for_many, (prepared.many, many_y), &call)?;
         }
         Ok(())
+    }
+
+    /// Queues a kernel, when there are items.
+    fn launch(&self, kernel: &Kernel, grid: (usize, usize), operands: &Operands) -> Result<(), DeviceError> {
+        if grid.0 == 0 {
+            return Ok(());
+        }
+        // SAFETY: these are the arguments of all kernels of `ffn.cu`, by their types; a lane's memory has room for SLOTS slots,
+        // and it, the experts and the kernels stay until the lane has waited.
+        unsafe { self.stream.launch(kernel, grid, &operands.arguments()) }
     }
 
     /// Writes items to `work`; how many bytes they take.
@@ -237,11 +272,7 @@ impl Lane {
             let weights = expert(batch, *part);
             assert_eq!(weights.layout(), layout, "experts have the shape of their model");
             let (gate_up, down) = weights.addresses();
-            let item = &mut self.work[written..written + ITEM];
-            item[..8].copy_from_slice(&gate_up.to_le_bytes());
-            item[8..16].copy_from_slice(&down.to_le_bytes());
-            item[16..20].copy_from_slice(&(*first as u32).to_le_bytes());
-            item[20..].copy_from_slice(&(*rows as u32).to_le_bytes());
+            self.work[written..written + ITEM].copy_from_slice(&item([gate_up, down], *first, *rows));
             written += ITEM;
         }
         written
@@ -305,41 +336,26 @@ fn expert<'a>(batch: &'a Batch, part: usize) -> &'a CudaExpert {
     batch.parts[part].weights.on_gpu().expect("a backend is given what its own packers made")
 }
 
-/// What a kernel is called with.
-struct Call {
-    items: u64,
-    from: u64,
-    row_of: u64,
-    to: u64,
-    matrix: Matrix,
-    /// Of a row of `to`.
-    width: u32,
-}
-
-impl Call {
-    /// Queues it, when there are items.
-    fn launch(&self, stream: &Stream, kernel: &Kernel, grid: (usize, usize)) -> Result<(), DeviceError> {
-        if grid.0 == 0 {
-            return Ok(());
-        }
-        let pointer = |value: &u64| std::ptr::from_ref(value).cast_mut().cast::<c_void>();
-        let mut arguments = [
-            pointer(&self.items),
-            pointer(&self.from),
-            pointer(&self.row_of),
-            pointer(&self.to),
-            std::ptr::from_ref(&self.matrix).cast_mut().cast(),
-            std::ptr::from_ref(&self.width).cast_mut().cast(),
-        ];
-        // SAFETY: these are the arguments of all kernels of `ffn.cu`, by their types; a lane's memory has room for SLOTS slots,
-        // and it, the experts and the kernels stay until the lane has waited.
-        unsafe { stream.launch(kernel, grid, &mut arguments) }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn nodes_that_share_a_gpu_have_room_for_what_they_were_told_in_whatever_order_they_are_opened_and_filled() {
+        let (dtype, hidden, inter) = (ExpertDtype::Bf16, 4096, 14_336);
+        let workspace = 2 * Lane::device_bytes(Layout { dtype, hidden, inter });
+        let memory = GpuMemory { free: 70 << 30, total: 80 << 30 };
+        for nodes in 1..=16 {
+            let share = CudaBackend::share(memory, nodes, dtype, (hidden, inter));
+            assert!(nodes > 8 || share > 5 << 30, "{nodes}: {share}");
+            // All that were opened before may be full already.
+            for before in 0..nodes {
+                let free = memory.free - before * (CONTEXT + workspace + share) - CONTEXT;
+                assert!(workspace + memory.total / RESERVE + share <= free, "number {before} of {nodes}");
+            }
+        }
+        assert_eq!(CudaBackend::share(memory, 80, dtype, (hidden, inter)), 0);
+    }
 
     #[test]
     fn the_workspace_is_what_its_parts_take() {

@@ -61,6 +61,39 @@ pub enum DeviceError {
         /// Bytes.
         total: usize,
     },
+    /// Too little memory is free for a router.
+    #[error(
+        "{device}: {needed} bytes are needed: {weights} for a router's weights, {cache} for its KV cache, {workspace} for its \
+         workspace, the rest for the driver; {free} of {total} are free"
+    )]
+    NoRoom {
+        /// As asked for.
+        device: String,
+        /// Bytes, all together.
+        needed: usize,
+        /// Bytes.
+        weights: usize,
+        /// Bytes; for one block, where there is room for none.
+        cache: usize,
+        /// Bytes.
+        workspace: usize,
+        /// Bytes.
+        free: usize,
+        /// Bytes.
+        total: usize,
+    },
+    /// A model has a shape that no kernel is made for.
+    #[error("{device}: {field} is {value}, more than the {limit} that kernels are made for")]
+    Shape {
+        /// As asked for.
+        device: String,
+        /// Of the model.
+        field: &'static str,
+        /// What it is.
+        value: usize,
+        /// The most it may be.
+        limit: usize,
+    },
     /// Memory ran out. The device goes on.
     #[error("{device}: out of memory: {bytes} bytes for {what}")]
     OutOfMemory {

@@ -12,6 +12,7 @@ use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::{self, CUdevice_attribute, CUfunction_attribute, CUresult};
 
 use super::error::{DeviceError, is_lost};
+use super::launch::Argument;
 
 /// The least CUDA version that the driver must support: 1000 times the major, 10 times the minor number.
 const LEAST_DRIVER: i32 = 12_000;
@@ -315,30 +316,38 @@ impl Stream {
         self.gpu.check("cuMemcpyHtoDAsync", copy)
     }
 
-    /// Queues a copy of the first `bytes` of `from` to `to`.
+    /// Queues a copy of `bytes` of `from`, from its byte `offset` on, to the start of `to`.
     ///
     /// # Safety
     /// Neither is dropped, and `to` neither read nor written, before [`Stream::wait`] has returned.
-    pub(super) unsafe fn copy_out(&self, to: &mut Pinned, from: &Memory, bytes: usize) -> Result<(), DeviceError> {
-        assert!(bytes <= from.bytes && bytes <= to.bytes, "a copy fits");
+    pub(super) unsafe fn copy_out(
+        &self,
+        to: &mut Pinned,
+        from: &Memory,
+        offset: usize,
+        bytes: usize,
+    ) -> Result<(), DeviceError> {
+        assert!(offset + bytes <= from.bytes && bytes <= to.bytes, "a copy fits");
         self.gpu.bind()?;
         // SAFETY: both have room for it, as was checked; they stay as they are until it is done, as the caller promises.
-        let copy = unsafe { result::memcpy_dtoh_async(&mut to[..bytes], from.address, self.stream) };
+        let copy = unsafe { result::memcpy_dtoh_async(&mut to[..bytes], from.address + offset as u64, self.stream) };
         self.gpu.check("cuMemcpyDtoHAsync", copy)
     }
 
     /// Queues a kernel.
     ///
     /// # Safety
-    /// `arguments` point to what the kernel takes, each of its type; what these point to on the device is large enough and is not
+    /// `arguments` are what the kernel takes, each of its type; what is on the device where they point to is large enough and is not
     /// dropped before [`Stream::wait`] has returned.
     pub(super) unsafe fn launch(
         &self,
         kernel: &Kernel,
         grid: (usize, usize),
-        arguments: &mut [*mut c_void],
+        arguments: &[Argument],
     ) -> Result<(), DeviceError> {
         self.gpu.bind()?;
+        let mut arguments: Vec<*mut c_void> =
+            arguments.iter().map(|argument| std::ptr::from_ref(argument).cast_mut().cast()).collect();
         let grid = (grid.0 as u32, grid.1 as u32, 1);
         // SAFETY: the module of the kernel is loaded as long as `Kernels` lives, which outlives every batch; for the arguments
         // the caller vouches.
@@ -349,7 +358,7 @@ impl Stream {
                 (kernel.threads, 1, 1),
                 kernel.shared_bytes,
                 self.stream,
-                arguments,
+                &mut arguments,
             )
         };
         self.gpu.check("cuLaunchKernel", launch)
@@ -388,6 +397,14 @@ pub(super) struct Kernel {
     function: sys::CUfunction,
     threads: u32,
     shared_bytes: u32,
+}
+
+impl Kernel {
+    /// The same, of which a launch asks for no more shared memory than `bytes`.
+    pub(super) fn with_shared(self, bytes: usize) -> Self {
+        assert!(bytes <= self.shared_bytes as usize, "shared memory that was announced");
+        Self { shared_bytes: bytes as u32, ..self }
+    }
 }
 
 // SAFETY: a handle of the driver, which any thread may use.

@@ -17,10 +17,15 @@ use super::layout::TILE;
 use super::nvrtc::Compiler;
 
 /// All kernels.
-pub(super) const SOURCE: &str = concat!(include_str!("kernels/ptx.cu"), include_str!("kernels/ffn.cu"));
+pub(super) const SOURCE: &str = concat!(
+    include_str!("kernels/ptx.cu"),
+    include_str!("kernels/ffn.cu"),
+    include_str!("kernels/router.cu"),
+    include_str!("kernels/attention.cu")
+);
 
 /// What the kernels' source says too.
-const THREADS: u32 = 256;
+pub(super) const THREADS: usize = 256;
 /// Tiles of outputs that a block of threads of the kernels for many rows computes.
 pub(super) const MANY_TILES: usize = 8;
 /// Rows that it has in shared memory.
@@ -41,29 +46,34 @@ pub struct KernelSettings {
 pub(super) struct Kernels {
     pub(super) gate_up_few: Kernel,
     pub(super) gate_up_many: Kernel,
-    pub(super) down_few: Kernel,
-    pub(super) down_many: Kernel,
+    pub(super) linear_few: Kernel,
+    pub(super) linear_many: Kernel,
     /// Keeps them loaded.
     _module: Module,
 }
 
 impl Kernels {
-    /// Those for experts kept as `dtype`, compiled when the cache has none.
+    /// Those for experts kept as `dtype`.
     pub(super) fn load(gpu: &Arc<Gpu>, settings: &KernelSettings, dtype: ExpertDtype) -> Result<Self, DeviceError> {
-        let architecture = gpu.architecture();
-        let image = cached(settings.cache.as_deref(), SOURCE, &architecture, || {
-            Compiler::open(settings.nvrtc.as_deref())?.compile(SOURCE, &architecture)
-        })?;
-        let module = gpu.load(&image)?;
-        let kernel = |shape: &str, shared| module.kernel(&format!("{shape}_{dtype}"), THREADS, shared);
+        let module = load(gpu, settings)?;
+        let kernel = |shape: &str, shared| module.kernel(&format!("{shape}_{dtype}"), THREADS as u32, shared);
         Ok(Self {
             gate_up_few: kernel("gate_up_few", 0)?,
             gate_up_many: kernel("gate_up_many", shared_bytes(dtype))?,
-            down_few: kernel("down_few", 0)?,
-            down_many: kernel("down_many", shared_bytes(dtype))?,
+            linear_few: kernel("linear_few", 0)?,
+            linear_many: kernel("linear_many", shared_bytes(dtype))?,
             _module: module,
         })
     }
+}
+
+/// All kernels, compiled when the cache has none.
+pub(super) fn load(gpu: &Arc<Gpu>, settings: &KernelSettings) -> Result<Module, DeviceError> {
+    let architecture = gpu.architecture();
+    let image = cached(settings.cache.as_deref(), SOURCE, &architecture, || {
+        Compiler::open(settings.nvrtc.as_deref())?.compile(SOURCE, &architecture)
+    })?;
+    gpu.load(&image)
 }
 
 /// Shared memory of the kernels for many rows, bytes: of each stage the weights and scales of its tiles, and its rows.
@@ -133,6 +143,9 @@ const _: () = assert!(TILE == 16);
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cuda::router::KERNELS as ROUTER;
+
+    const DTYPES: [ExpertDtype; 3] = [ExpertDtype::Bf16, ExpertDtype::Int8, ExpertDtype::Int4];
 
     #[test]
     fn what_was_compiled_is_not_compiled_again_unless_it_is_damaged_or_something_else() {
@@ -174,7 +187,7 @@ mod tests {
     #[test]
     fn shared_memory_suffices_on_every_gpu_with_these_instructions() {
         // 99 KiB is what compute capability 8.6, 8.9 and 12.0 have.
-        for dtype in [ExpertDtype::Bf16, ExpertDtype::Int8, ExpertDtype::Int4] {
+        for dtype in DTYPES {
             assert!(shared_bytes(dtype) <= 99 << 10, "{dtype}: {}", shared_bytes(dtype));
         }
     }
@@ -194,9 +207,10 @@ mod tests {
         for architecture in ["sm_80", "sm_90", "sm_100"] {
             let image = compiler.compile(SOURCE, architecture).unwrap_or_else(|error| panic!("{error}"));
             assert_eq!(&image[..4], b"\x7fELF", "{architecture}");
-            let names = ["gate_up_few", "gate_up_many", "down_few", "down_many"];
-            for name in names.iter().flat_map(|n| ["bf16", "int8", "int4"].map(|dtype| format!(".text.{n}_{dtype}\0")))
-            {
+            let shapes = ["gate_up_few", "gate_up_many", "linear_few", "linear_many"];
+            let of_experts = shapes.iter().flat_map(|shape| DTYPES.map(|dtype| format!("{shape}_{dtype}")));
+            let of_routers = ROUTER.iter().map(|name| (*name).to_owned());
+            for name in of_experts.chain(of_routers).map(|name| format!(".text.{name}\0")) {
                 assert!(image.windows(name.len()).any(|part| part == name.as_bytes()), "{architecture}: {name}");
             }
         }

@@ -1,4 +1,4 @@
-//! Expert weights as the kernels of `ffn.cu` read them.
+//! Weights as the kernels of `ffn.cu` read them: those of experts, and a router's matrices.
 //!
 //! A matrix is tiles of 16 outputs, one after the other; of the gate and of the other half in turn, so that both halves of an
 //! output are computed by the same thread. A tile is blocks of 64 inputs, in which each lane of a warp finds its part of four tensor
@@ -62,6 +62,23 @@ pub(super) struct Matrix {
     pub(super) outputs: u32,
 }
 
+impl Matrix {
+    /// `[outputs, inputs]`.
+    pub(super) fn new(outputs: usize, inputs: usize) -> Self {
+        Self { blocks: inputs.div_ceil(BLOCK) as u32, tiles: outputs.div_ceil(TILE) as u32, outputs: outputs as u32 }
+    }
+
+    /// Bytes of a tile of bf16.
+    pub(super) fn bf16_tile_bytes(self) -> usize {
+        self.blocks as usize * tile_block_bytes(ExpertDtype::Bf16)
+    }
+
+    /// Bytes of all its tiles, of bf16.
+    pub(super) fn bf16_bytes(self) -> usize {
+        self.tiles as usize * self.bf16_tile_bytes()
+    }
+}
+
 /// Where the weights of an expert lie in its memory: gate and up, then down.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Layout {
@@ -83,11 +100,7 @@ impl Layout {
 
     /// `[hidden, inter]`.
     pub(super) fn down(self) -> Matrix {
-        Matrix {
-            blocks: self.inter.div_ceil(BLOCK) as u32,
-            tiles: self.hidden.div_ceil(TILE) as u32,
-            outputs: self.hidden as u32,
-        }
+        Matrix::new(self.hidden, self.inter)
     }
 
     /// Bytes of a tile.
@@ -158,6 +171,12 @@ fn block_bytes(dtype: ExpertDtype) -> (usize, usize) {
 /// and which of the step's four words has the first two of them. The other two are two words further.
 fn place(output: usize, quad: usize) -> (usize, usize, usize) {
     (output % 8 * 4 + quad / 2, quad % 2, output / 8)
+}
+
+/// Packs up to [`TILE`] rows of little-endian bf16, `inputs` wide, into `out`, a tile of bf16.
+pub(super) fn pack_bf16_tile(inputs: usize, rows: &[u8], out: &mut [u8]) {
+    out.fill(0);
+    rows.chunks_exact(2 * inputs).enumerate().for_each(|(output, row)| pack_bf16(output, row, out));
 }
 
 fn pack_bf16(output: usize, row: &[u8], out: &mut [u8]) {

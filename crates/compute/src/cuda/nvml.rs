@@ -75,6 +75,11 @@ impl Nvml {
             (get(self.device.0, DIE, &raw mut celsius) == 0).then_some(())?;
         }
         let utilisation = f64::from(utilisation.gpu) / 100.0;
-        Some(GpuReadings { utilisation, memory_bytes: memory.used, temperature_celsius: f64::from(celsius) })
+        Some(GpuReadings {
+            utilisation,
+            memory_bytes: memory.used,
+            memory_total_bytes: memory.total,
+            temperature_celsius: f64::from(celsius),
+        })
     }
 }

@@ -32,6 +32,20 @@ pub(super) struct Work {
     pub(super) rows: usize,
 }
 
+/// Bytes of an item as kernels read it: where its two matrices are, its first slot, its rows.
+pub(super) const ITEM: usize = 24;
+
+/// An item as kernels read it: `rows` slots from `first` on, of an expert whose gate and other half, and whose down matrix, are at
+/// `weights`; or of a router's matrix, which is the second.
+pub(super) fn item(weights: [u64; 2], first: usize, rows: usize) -> [u8; ITEM] {
+    let mut item = [0; ITEM];
+    item[..8].copy_from_slice(&weights[0].to_le_bytes());
+    item[8..16].copy_from_slice(&weights[1].to_le_bytes());
+    item[16..20].copy_from_slice(&(first as u32).to_le_bytes());
+    item[20..].copy_from_slice(&(rows as u32).to_le_bytes());
+    item
+}
+
 /// Cuts parts of these many rows into waves of at most `slots` rows, in order.
 pub(super) fn waves(parts: &[usize], slots: usize) -> Vec<Vec<Piece>> {
     let mut waves = Vec::new();

@@ -1,59 +1,22 @@
-//! The kernels' own source, run lane by lane on the CPU (`kernels/emulated.cpp`), against the CPU's weights and a plain loop.
-
-use std::hash::{DefaultHasher, Hash as _, Hasher as _};
-use std::io::Write as _;
-use std::path::PathBuf;
-use std::process::{Command, Stdio};
-use std::sync::OnceLock;
+//! The experts' kernels, run lane by lane on the CPU, against the CPU's weights and a plain loop.
 
 use half::bf16;
 use sirocco_types::ExpertDtype;
 
-use super::kernels::{SOURCE, grid_y, shared_bytes};
+use super::emulator::{BASE, Emulator};
+use super::kernels::{grid_y, shared_bytes};
+use super::launch::Operands;
 use super::layout::{Layout, Matrix, row_bytes, write_row};
-use super::plan::{FEW_ROWS, MANY_ROWS};
+use super::plan::{FEW_ROWS, ITEM, MANY_ROWS, item};
 use crate::ffn::ExpertMatrix;
 use crate::quant::{QuantWidth, quantise};
 
 const DTYPES: [ExpertDtype; 3] = [ExpertDtype::Bf16, ExpertDtype::Int8, ExpertDtype::Int4];
 
-/// The emulator, compiled beside this test's program, once for each of its sources, by the C++ compiler that `SIROCCO_CXX_BIN`
-/// names, else by `c++`.
-fn emulator() -> &'static PathBuf {
-    static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
-    PROGRAM.get_or_init(|| {
-        let mut hasher = DefaultHasher::new();
-        (SOURCE, include_str!("kernels/emulated.cpp")).hash(&mut hasher);
-        let own = std::env::current_exe().unwrap();
-        let out = own.with_file_name(format!("sirocco-emulated-{:016x}", hasher.finish()));
-        if !out.is_file() {
-            let new = out.with_extension(format!("{}.new", std::process::id()));
-            let compiler = std::env::var_os("SIROCCO_CXX_BIN").map_or_else(|| "c++".into(), PathBuf::from);
-            let program = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("src/cuda/kernels/emulated.cpp");
-            let mut command = Command::new(&compiler);
-            command.args(["-std=c++17", "-O2", "-U_FORTIFY_SOURCE", "-Wall", "-Wno-unknown-pragmas", "-Werror"]);
-            let status = command.arg(&program).arg("-o").arg(&new).status().unwrap_or_else(|error| {
-                panic!("{}: {error}; a C++ compiler is needed, or SIROCCO_CXX_BIN names one", compiler.display())
-            });
-            assert!(status.success(), "{} ended with {status}", compiler.display());
-            std::fs::rename(&new, &out).unwrap();
-        }
-        out
-    })
-}
-
-/// An item as kernels read it, its addresses being offsets.
-fn item(layout: Layout, expert: usize, first: usize, rows: usize) -> Vec<u8> {
-    let at = (expert * layout.bytes()) as u64;
-    let (first, rows) = (first as u32, rows as u32);
-    let addresses = [at, at + layout.down_offset() as u64].map(u64::to_le_bytes).concat();
-    [addresses, [first, rows].map(u32::to_le_bytes).concat()].concat()
-}
-
 /// What a kernel is run on.
 struct Run<'a> {
-    name: String,
-    grid_y: usize,
+    kernel: String,
+    grid: (usize, usize),
     matrix: Matrix,
     shared: usize,
     items: &'a [u8],
@@ -66,21 +29,20 @@ struct Run<'a> {
 
 impl Run<'_> {
     fn run(&self) -> Vec<u8> {
-        let Matrix { blocks, tiles, outputs } = self.matrix;
-        let head = [self.grid_y as u32, blocks, tiles, outputs, outputs, self.shared as u32, self.out as u32];
-        let mut input = head.map(u32::to_le_bytes).concat();
         let row_of: Vec<u8> = self.row_of.iter().flat_map(|row| row.to_le_bytes()).collect();
-        for part in [self.items, self.weights, self.x, &row_of] {
-            input.extend((part.len() as u64).to_le_bytes());
-            input.extend(part);
+        // Memory that is not written is NaN.
+        let parts = [self.items, self.weights, self.x, &row_of, &vec![0xff; self.out]];
+        let mut places = [0; 5];
+        for i in 1..5 {
+            places[i] = (places[i - 1] + parts[i - 1].len()).next_multiple_of(16);
         }
-        let mut command = Command::new(emulator());
-        let mut child = command.arg(&self.name).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-        child.stdin.take().unwrap().write_all(&input).unwrap();
-        let output = child.wait_with_output().unwrap();
-        assert!(output.status.success(), "{} ended with {}", self.name, output.status);
-        assert_eq!(output.stdout.len(), self.out);
-        output.stdout
+        let mut emulator = Emulator::new(places[4] + self.out);
+        parts.iter().zip(places).for_each(|(part, place)| emulator.write(place, part));
+        let [items, base, from, row_of, to] = places.map(|place| BASE + place as u64);
+        let row_of = if self.row_of.is_empty() { 0 } else { row_of };
+        let operands = Operands { items, base, from, row_of, to, matrix: self.matrix, width: self.matrix.outputs };
+        emulator.launch(&self.kernel, self.grid, self.shared, &operands.arguments());
+        emulator.read(places[4], self.out)
     }
 }
 
@@ -177,13 +139,18 @@ fn run(kernels: &str, experts: &[Expert], x: &[f32], row_of: &[u32], items: &[(u
     let layout = experts[0].layout;
     let Layout { dtype, hidden, .. } = layout;
     let weights: Vec<u8> = experts.iter().flat_map(Expert::packed).collect();
-    let items: Vec<u8> = items.iter().flat_map(|&(expert, first, rows)| item(layout, expert, first, rows)).collect();
+    let place = |expert: usize| (expert * layout.bytes()) as u64;
+    let weights_of = |expert: usize| [place(expert), place(expert) + layout.down_offset() as u64];
+    let items: Vec<u8> =
+        items.iter().flat_map(|&(expert, first, rows)| item(weights_of(expert), first, rows)).collect();
+    let count = items.len() / ITEM;
     let half = |gated: bool, matrix: Matrix, x: &[u8], row_of: &[u32], slots: usize| {
         let (few, many) = grid_y(matrix.tiles, gated);
         let (grid_y, shared) = if kernels == "few" { (few, 0) } else { (many, shared_bytes(dtype)) };
-        let name = format!("{}_{kernels}_{dtype}", if gated { "gate_up" } else { "down" });
+        let kernel = format!("{}_{kernels}_{dtype}", if gated { "gate_up" } else { "linear" });
         let out = slots * if gated { row_bytes(layout.inter) } else { 4 * hidden };
-        Run { name, grid_y, matrix, shared, items: &items, weights: &weights, x, row_of, out }.run()
+        let grid = (count, grid_y);
+        Run { kernel, grid, matrix, shared, items: &items, weights: &weights, x, row_of, out }.run()
     };
     let gated = half(true, layout.gate_up(), &rows(x, hidden), row_of, row_of.len());
     let out = half(false, layout.down(), &gated, &[], row_of.len());

@@ -1,6 +1,6 @@
 //! Metrics: documented, well formed, true, and used by dashboard and alerts under names that exist.
 
-mod scrape;
+pub(crate) mod scrape;
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -69,7 +69,7 @@ fn what_is_scraped_is_what_is_documented_and_promtool_has_nothing_to_say() {
         assert_eq!(scrape.value("sirocco_ready"), 1, "{}", node.id);
         scraped.extend(scrape.families);
     }
-    // No GPU is needed here: what it shows is compared with the documentation in `expert-node/src/metrics.rs`.
+    // No GPU is needed here: what it shows is compared with the documentation in `crates/process/src/device.rs`.
     let mut documented = documented();
     documented.retain(|name, _| !name.starts_with("sirocco_gpu_"));
     let (documented, scraped) = (rows(&documented), rows(&scraped));

@@ -17,7 +17,7 @@ pub(super) struct Family {
 
 /// One answer.
 #[derive(Debug, Default)]
-pub(super) struct Scrape {
+pub(crate) struct Scrape {
     pub(super) text: String,
     pub(super) families: BTreeMap<String, Family>,
     /// Names with labels, as they are written, and values.
@@ -26,7 +26,7 @@ pub(super) struct Scrape {
 
 impl Scrape {
     /// Scrapes the process whose HTTP server listens at `address`.
-    pub(super) fn of(address: &str) -> Self {
+    pub(crate) fn of(address: &str) -> Self {
         let answer = Answer::of(send(address, "GET", "/metrics", "", b""));
         assert_eq!(
             (answer.status, answer.header("content-type")),
@@ -59,7 +59,7 @@ impl Scrape {
     }
 
     /// The value of `series`, written as it is shown. 0 when there is none.
-    pub(super) fn exact(&self, series: &str) -> f64 {
+    pub(crate) fn exact(&self, series: &str) -> f64 {
         self.samples.iter().find(|(name, _)| name == series).map_or(0.0, |(_, value)| *value)
     }
 

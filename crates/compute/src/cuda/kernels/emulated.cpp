@@ -1,8 +1,9 @@
-// Runs a kernel of ffn.cu on the CPU, lane by lane, so that its indices and its order of summation are tested where there is no
-// GPU. Every lane is a coroutine; a warp's lanes meet at tensor core steps, a block's at __syncthreads. Copies are made at once, so
-// a missing wait is not noticed, nor what only a GPU does: alignment, memory it may not read, speed.
+// Runs the kernels on the CPU, lane by lane, so that their indices and their order of summation are tested where there is no
+// GPU. Every lane is a coroutine; a warp's lanes meet at tensor core steps and shuffles, a block's at __syncthreads. Copies are made at
+// once, so a missing wait is not noticed, nor what only a GPU does: alignment, memory it may not read, speed.
 //
-// Reads from standard input, writes what the kernel wrote to standard output. See `emulated` in crates/compute/src/cuda/tests.rs.
+// A device of one piece of memory, whose first byte has an address that the host chooses. Reads what to do from standard input,
+// one thing after the other, and writes what is asked for to standard output. See `Emulator` in crates/compute/src/cuda/emulator.rs.
 
 #include <cmath>
 #include <csetjmp>
@@ -10,8 +11,13 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
+#include <map>
 #include <string>
+#include <tuple>
+#include <type_traits>
 #include <ucontext.h>
+#include <utility>
 #include <vector>
 
 typedef unsigned char u8;
@@ -20,6 +26,8 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 struct uint2 { u32 x, y; };
 struct alignas(16) uint4 { u32 x, y, z, w; };
+struct alignas(8) float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
 struct Index { u32 x, y; };
 
 #define __device__
@@ -44,7 +52,7 @@ static std::vector<Lane> lanes;
 static ucontext_t first;
 static jmp_buf scheduler;
 static Meeting warps[32], block;
-static void (*body)();
+static std::function<void()> body;
 
 static void meet(Meeting& meeting, u32 all)
 {
@@ -81,7 +89,7 @@ static void resume(Lane& lane)
 
 static void run_block(u32 threads)
 {
-    lanes = std::vector<Lane>(threads);
+    lanes.resize(threads);
     for (Lane& lane : lanes) {
         lane.stack.resize(64 << 10);
         lane.started = lane.ended = false;
@@ -107,7 +115,20 @@ static float __uint_as_float(u32 bits) { float f; memcpy(&f, &bits, 4); return f
 static u32 bits_of(float f) { u32 bits; memcpy(&bits, &f, 4); return bits; }
 static uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 static uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
+static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+static u32 __float_as_uint(float f) { return bits_of(f); }
 static u32 min(u32 a, u32 b) { return a < b ? a : b; }
+static void atomicMin(u32* at, u32 value) { *at = min(*at, value); }
+template <typename T> static T __shfl_xor_sync(u32, T value, int mask)
+{
+    static T values_of[2][32][32];
+    u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    // Two in turn, as in `multiply_add`.
+    T* values = values_of[warps[warp].generation % 2][warp];
+    values[lane] = value;
+    meet(warps[warp], 32);
+    return values[lane ^ mask];
+}
 
 // What ptx.cu says in instructions.
 static uint4* dynamic_shared() { return dynamic.data(); }
@@ -152,60 +173,98 @@ static void multiply_add(float (&sums)[4], uint4 a, uint2 b)
 }
 
 #include "ffn.cu"
+#include "router.cu"
+#include "attention.cu"
 
-static std::vector<u8> read_bytes()
+static void read_bytes(void* to, u64 len)
 {
-    u64 len;
-    if (fread(&len, 8, 1, stdin) != 1)
+    if (len && fread(to, 1, len, stdin) != len)
         exit(2);
-    std::vector<u8> bytes(len);
-    if (fread(bytes.data(), 1, len, stdin) != len)
-        exit(2);
-    return bytes;
 }
 
-static const Item* items;
-static const u16* x;
-static const u32* row_of;
-static u8* out;
-static Matrix matrix;
-static u32 out_width;
-static std::string name;
-
-#define RUN(NAME) if (name == #NAME) body = [] { NAME(items, x, row_of, out, matrix, out_width); };
-
-// Standard input: grid.y, blocks, tiles, outputs, out_width, bytes of shared memory, bytes written, each u32; then items, weights (the
-// addresses of items are offsets into them), rows and row_of (none: empty), each a u64 length and bytes.
-int main(int, char** args)
+template <typename T> static T take()
 {
-    name = args[1];
-    u32 head[7];
-    if (fread(head, 4, 7, stdin) != 7)
-        return 2;
-    std::vector<u8> item_bytes = read_bytes(), weights = read_bytes(), x_bytes = read_bytes(), index = read_bytes();
-    std::vector<Item> all(item_bytes.size() / sizeof(Item));
-    memcpy(all.data(), item_bytes.data(), item_bytes.size());
-    for (Item& item : all) {
-        item.gate_up += (u64)weights.data();
-        item.down += (u64)weights.data();
-    }
-    items = all.data();
-    x = (const u16*)x_bytes.data();
-    row_of = index.empty() ? nullptr : (const u32*)index.data();
-    matrix = {head[1], head[2], head[3]};
-    out_width = head[4];
-    dynamic.resize(head[5] / 16);
-    // Memory that is not written is NaN.
-    std::vector<u8> written(head[6], 0xff);
-    out = written.data();
-    RUN(gate_up_few_bf16) RUN(gate_up_few_int8) RUN(gate_up_few_int4) RUN(gate_up_many_bf16) RUN(gate_up_many_int8)
-    RUN(gate_up_many_int4) RUN(down_few_bf16) RUN(down_few_int8) RUN(down_few_int4) RUN(down_many_bf16) RUN(down_many_int8)
-    RUN(down_many_int4)
-    if (!body)
-        return 3;
-    for (blockIdx.y = 0; blockIdx.y < head[0]; ++blockIdx.y)
-        for (blockIdx.x = 0; blockIdx.x < all.size(); ++blockIdx.x)
+    T value;
+    read_bytes(&value, sizeof value);
+    return value;
+}
+
+static std::vector<uint4> memory;
+static u64 base;
+
+static u8* at(u64 address) { return address ? (u8*)memory.data() + (address - base) : nullptr; }
+
+constexpr u32 ARGUMENT = 32; // bytes
+
+// An argument as the kernel takes it.
+template <typename T> static T argument(const u8* from)
+{
+    if constexpr (std::is_pointer<T>::value)
+        return (T)at(argument<u64>(from));
+    T value;
+    static_assert(sizeof value <= ARGUMENT, "an argument fits");
+    memcpy(&value, from, sizeof value);
+    return value;
+}
+
+// A call of `kernel` with `count` arguments, one after the other.
+template <typename... A> static std::function<void()> call(void (*kernel)(A...), const u8* arguments, u32 count)
+{
+    if (count != sizeof...(A))
+        exit(4);
+    std::tuple<A...> values{argument<A>(std::exchange(arguments, arguments + ARGUMENT))...};
+    return [=] { std::apply(kernel, values); };
+}
+
+using Caller = std::function<std::function<void()>(const u8*, u32)>;
+#define CALLER(NAME) {#NAME, [](const u8* arguments, u32 count) { return call(NAME, arguments, count); }}
+static const std::map<std::string, Caller> kernels = {
+    CALLER(gate_up_few_bf16), CALLER(gate_up_few_int8), CALLER(gate_up_few_int4), CALLER(gate_up_many_bf16),
+    CALLER(gate_up_many_int8), CALLER(gate_up_many_int4), CALLER(linear_few_bf16), CALLER(linear_few_int8),
+    CALLER(linear_few_int4), CALLER(linear_many_bf16), CALLER(linear_many_int8), CALLER(linear_many_int4), CALLER(embed),
+    CALLER(add_norm), CALLER(rotate), CALLER(choose), CALLER(likeliest), CALLER(copy_block), CALLER(attention_1),
+    CALLER(attention_2), CALLER(attention_4), CALLER(attention_8), CALLER(attention_many), CALLER(fold),
+};
+
+// Grid's x and y, bytes of shared memory, length of the name, number of arguments, each u32; the name; the arguments.
+static void launch()
+{
+    u32 head[5];
+    read_bytes(head, sizeof head);
+    std::string name(head[3], 0);
+    read_bytes(&name[0], name.size());
+    std::vector<u8> arguments(head[4] * ARGUMENT);
+    read_bytes(arguments.data(), arguments.size());
+    auto kernel = kernels.find(name);
+    if (kernel == kernels.end())
+        exit(3);
+    body = kernel->second(arguments.data(), head[4]);
+    // Shared memory is not zero at first, nor what the last block of threads left there: NaN.
+    dynamic.resize(head[2] / 16);
+    for (blockIdx.y = 0; blockIdx.y < head[1]; ++blockIdx.y)
+        for (blockIdx.x = 0; blockIdx.x < head[0]; ++blockIdx.x) {
+            memset(dynamic.data(), 0xff, dynamic.size() * 16);
             run_block(THREADS);
-    fwrite(written.data(), 1, written.size(), stdout);
+        }
+}
+
+// Standard input: the memory's address and its length, u64; then letters with what they need. Memory is zero at first.
+int main()
+{
+    base = take<u64>();
+    memory.resize(take<u64>() / 16);
+    for (int letter; (letter = getchar()) != EOF;) {
+        if (letter == 'l') {
+            launch();
+        } else {
+            u64 address = take<u64>(), len = take<u64>();
+            if (letter == 'w') {
+                read_bytes(at(address), len);
+            } else {
+                fwrite(at(address), 1, len, stdout);
+                fflush(stdout);
+            }
+        }
+    }
     return 0;
 }

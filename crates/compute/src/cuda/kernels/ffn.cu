@@ -1,6 +1,6 @@
-// The SwiGLU of many experts in two launches each of two shapes: `gate_up` computes silu(gate(x)) * up(x) of every slot, a row of
-// one expert's work, and `down` the result. Grids are (items, groups of output tiles); an item is up to 32 (few) or 128 (many)
-// slots of one expert. Layout of weights: crates/compute/src/cuda/layout.rs.
+// Matrices times rows, each in two shapes: `gate_up` computes silu(gate(x)) * up(x) of every slot, a row of one expert's work, and
+// `linear` w(x), of an expert's down matrix or of a router's. Grids are (items, groups of output tiles); an item is up to 32 (few)
+// or 128 (many) slots of one expert. Layout of weights: crates/compute/src/cuda/layout.rs.
 //
 // Activations are two bf16, the nearest to a value and the nearest to what is left of it, which is nearly f32: with one, greedy
 // completions differ from the checkpoint's. Weights are multiplied with both, in turn. A row is, for each block of 64 inputs,
@@ -23,9 +23,10 @@ constexpr int ROW_CHUNKS = PARTS * 8; // of 16 bytes, in a row's block
 
 enum Format { BF16, INT8, INT4 };
 
+// Where weights are is counted from the launch's `base`.
 struct Item {
     u64 gate_up; // tiles of the gate and of the other half in turn
-    u64 down;
+    u64 linear;
     u32 first; // slot
     u32 rows;
 };
@@ -108,16 +109,21 @@ __device__ __forceinline__ void multiply(float (&sums)[4], const Weights& w, con
     }
 }
 
-// Writes silu(gate) * up to input `at` of a row of the next matrix.
-__device__ __forceinline__ void write_gated(u16* row, u32 at, float gate, float up)
+// Writes input `at` of a row of the next matrix.
+__device__ __forceinline__ void write_parts(u16* row, u32 at, float value)
 {
-    float value = gate / (1.0f + expf(-gate)) * up;
     u16* to = row + at / 64 * (64 * PARTS) + at % 64;
     for (int p = 0; p < PARTS; ++p) {
         u16 part = to_bf16(value);
         to[64 * p] = part;
         value -= __uint_as_float((u32)part << 16);
     }
+}
+
+// Writes silu(gate) * up to it.
+__device__ __forceinline__ void write_gated(u16* row, u32 at, float gate, float up)
+{
+    write_parts(row, at, gate / (1.0f + expf(-gate)) * up);
 }
 
 // Up to FEW_ROWS rows: a block of threads computes one tile of outputs (of `gate_up`, both halves of one), each warp one run
@@ -186,7 +192,8 @@ __device__ __forceinline__ void few(const u8* weights, Matrix m, const uint4* co
 }
 
 template <int FORMAT, bool GATED>
-__device__ __forceinline__ void few(const Item* items, const u16* x, const u32* row_of, void* out, Matrix m, u32 out_width)
+__device__ __forceinline__ void few(const Item* items, const u8* base, const u16* x, const u32* row_of, void* out, Matrix m,
+                                    u32 out_width)
 {
     constexpr int TILES = GATED ? 2 : 1;
     __shared__ float shared[SEGMENTS * TILES * (FEW_ROWS / 8) * 128];
@@ -199,7 +206,7 @@ __device__ __forceinline__ void few(const Item* items, const u16* x, const u32* 
         u64 row = row_of ? row_of[slot] : slot;
         rows[r] = (const uint4*)x + row * m.blocks * ROW_CHUNKS + lane % 4;
     }
-    const u8* weights = (const u8*)(GATED ? item.gate_up : item.down);
+    const u8* weights = base + (GATED ? item.gate_up : item.linear);
     const u32 rows8 = item.rows <= 8 ? 1 : item.rows <= 16 ? 2 : 4;
     if (rows8 == 1)
         few<FORMAT, GATED, 1>(weights, m, rows, shared);
@@ -228,7 +235,8 @@ __device__ __forceinline__ void few(const Item* items, const u16* x, const u32* 
 // Up to MANY_ROWS rows: a block of threads computes MANY_TILES tiles of outputs, a warp four of them for 32 rows. Blocks of
 // weights and rows come through shared memory, STAGES - 1 ahead.
 template <int FORMAT, bool GATED>
-__device__ __forceinline__ void many(const Item* items, const u16* x, const u32* row_of, void* out, Matrix m, u32 out_width)
+__device__ __forceinline__ void many(const Item* items, const u8* base, const u16* x, const u32* row_of, void* out, Matrix m,
+                                     u32 out_width)
 {
     constexpr u32 QUANTS = quant_bytes<FORMAT>() / 16; // of a tile's block, in 16 bytes
     constexpr u32 SCALES = scale_bytes<FORMAT>() / 16;
@@ -238,7 +246,7 @@ __device__ __forceinline__ void many(const Item* items, const u16* x, const u32*
     const u32 thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
     const u32 first_tile = blockIdx.y * MANY_TILES;
     const u64 tile_bytes = (u64)m.blocks * (quant_bytes<FORMAT>() + scale_bytes<FORMAT>());
-    const u8* weights = (const u8*)(GATED ? item.gate_up : item.down);
+    const u8* weights = base + (GATED ? item.gate_up : item.linear);
     const u32 rows_read = (item.rows + 31) / 32 * 32;
 
     // The four rows this thread copies its part of. Rows there are none of are read as the last one, and not written.
@@ -351,9 +359,9 @@ __device__ __forceinline__ void many(const Item* items, const u16* x, const u32*
 
 #define KERNEL(NAME, SHAPE, FORMAT, GATED, PER_SM)                                                                              \
     extern "C" __global__ void __launch_bounds__(THREADS, PER_SM)                                                               \
-        NAME(const Item* items, const u16* x, const u32* row_of, void* out, Matrix m, u32 out_width)                            \
+        NAME(const Item* items, const u8* base, const u16* x, const u32* row_of, void* out, Matrix m, u32 out_width)            \
     {                                                                                                                           \
-        SHAPE<FORMAT, GATED>(items, x, row_of, out, m, out_width);                                                              \
+        SHAPE<FORMAT, GATED>(items, base, x, row_of, out, m, out_width);                                                        \
     }
 KERNEL(gate_up_few_bf16, few, BF16, true, 2)
 KERNEL(gate_up_few_int8, few, INT8, true, 2)
@@ -361,9 +369,9 @@ KERNEL(gate_up_few_int4, few, INT4, true, 2)
 KERNEL(gate_up_many_bf16, many, BF16, true, 1)
 KERNEL(gate_up_many_int8, many, INT8, true, 1)
 KERNEL(gate_up_many_int4, many, INT4, true, 1)
-KERNEL(down_few_bf16, few, BF16, false, 2)
-KERNEL(down_few_int8, few, INT8, false, 2)
-KERNEL(down_few_int4, few, INT4, false, 2)
-KERNEL(down_many_bf16, many, BF16, false, 1)
-KERNEL(down_many_int8, many, INT8, false, 1)
-KERNEL(down_many_int4, many, INT4, false, 1)
+KERNEL(linear_few_bf16, few, BF16, false, 2)
+KERNEL(linear_few_int8, few, INT8, false, 2)
+KERNEL(linear_few_int4, few, INT4, false, 2)
+KERNEL(linear_many_bf16, many, BF16, false, 1)
+KERNEL(linear_many_int8, many, INT8, false, 1)
+KERNEL(linear_many_int4, many, INT4, false, 1)

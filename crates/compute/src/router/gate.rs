@@ -1,7 +1,8 @@
 //! The gate: which experts each token goes to.
 
-use sirocco_compute::softmax;
 use sirocco_types::{ExpertId, Routing};
+
+use crate::softmax;
 
 /// Chooses each token's experts.
 ///
