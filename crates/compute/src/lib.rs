@@ -9,8 +9,8 @@
 //! forced with [`Pool::with_isa`].
 //!
 //! This is the only crate with `unsafe`: vector intrinsics, threads that share a job and write disjoint parts of one output,
-//! memory in huge pages, and NVIDIA's driver, compiler and management library. Experts run on GPUs too ([`CudaBackend`]), by a
-//! rule of their own; all else runs on the CPU.
+//! memory in huge pages, and NVIDIA's driver, compiler and management library. Experts ([`CudaBackend`]) and routers ([`CudaRouter`])
+//! run on GPUs too, by rules of their own.
 
 mod attention;
 mod backend;
