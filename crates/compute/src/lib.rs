@@ -9,8 +9,8 @@
 //! forced with [`Pool::with_isa`].
 //!
 //! This is the only crate with `unsafe`: vector intrinsics, threads that share a job and write disjoint parts of one output,
-//! memory in huge pages, and NVIDIA's driver, compiler and management library. Experts and routers run on GPUs too ([`CudaBackend`],
-//! [`CudaRouter`]), by rules of their own.
+//! memory in huge pages, and NVIDIA's driver, compiler and management library. Experts ([`CudaBackend`]) and routers ([`CudaRouter`])
+//! run on GPUs too, by rules of their own.
 
 mod attention;
 mod backend;

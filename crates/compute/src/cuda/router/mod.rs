@@ -157,6 +157,7 @@ impl CudaRouter {
     /// Queues what comes in with a wish for logits.
     fn ask(&mut self, lane: usize, rows: &[u32]) -> Result<Ask, DeviceError> {
         assert_eq!(self.lanes[lane].done, self.shapes.layers, "logits come after all layers");
+        assert!(rows.len() <= self.budget.workspace.tokens, "a wish is as large as a batch at most");
         let to = self.place(lane, self.budget.workspace.ask);
         let address = self.machine.base() + to as u64;
         let staging = self.machine.staging(lane)?;
@@ -198,6 +199,7 @@ impl RouterBackend for CudaRouter {
 
     fn begin(&mut self, lane: usize, tokens: &[u32], queries: &[Queries]) -> Result<(), DeviceError> {
         let workspace = &self.budget.workspace;
+        assert!((1..=workspace.tokens).contains(&tokens.len()), "a batch is as large as was announced");
         let to = self.place(lane, workspace.step);
         let address = self.machine.base() + to as u64;
         let plan = (&self.shapes.heads, &self.rotary, workspace.record_room);
