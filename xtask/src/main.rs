@@ -37,7 +37,7 @@ Commands:
       plan       How long plans take, and how balanced they are (docs/simulation.md)
       control    Joins, drains and takeovers on a real etcd under load, and how often etcd is written
       serve      Streams, latency, cached prefixes, overload and idling of a cluster with the bundled model
-      gpu        Experts on an NVIDIA GPU over its copies and its matrix multiplications
+      gpu        Experts and routers on an NVIDIA GPU over its copies and its matrix multiplications
       -o json    Print a list of objects instead of a table; not for plan and control
   chaos          Build for release and put faults into a cluster under load, in an order that a seed decides; fails when a
                  request fails, a byte changes or the cluster does not come to rest (docs/faults.md)

@@ -140,8 +140,9 @@ impl ExpertBackend for CudaBackend {
 
     fn run(&self, batch: &Batch, done: &mut dyn FnMut(usize, usize, &[f32])) -> Result<(), DeviceError> {
         let rows: Vec<usize> = batch.parts.iter().map(|part| part.rows.len()).collect();
-        // A panic left a wave under way at worst, which `stop` waits for.
         let mut lanes = self.lanes.lock().unwrap_or_else(PoisonError::into_inner);
+        // After a panic a wave may be under way, whose rows are not this batch's.
+        lanes.iter_mut().filter(|lane| !lane.pieces.is_empty()).for_each(Lane::stop);
         let waves = waves(&rows, SLOTS);
         let count = waves.len();
         let result = waves.into_iter().enumerate().try_for_each(|(index, wave)| {

@@ -1,6 +1,6 @@
 //! The kernels: their source, compiled at start for the GPU that is there, and kept on disk for the next start.
 //!
-//! A file of the cache is named after the source's hash and the architecture, and begins with a line that has the checksum of the
+//! A file of the cache is named after the architecture and the hash of the source and how it is compiled, and begins with a line that has the checksum of the
 //! rest. It is written beside its place and renamed, so that several processes may start at once; one that is damaged is
 //! compiled again. Where it cannot be written, nothing is lost but time.
 
@@ -14,7 +14,7 @@ use sirocco_types::ExpertDtype;
 use super::error::DeviceError;
 use super::gpu::{Gpu, Kernel, Module};
 use super::layout::TILE;
-use super::nvrtc::Compiler;
+use super::nvrtc::{self, Compiler};
 
 /// All kernels.
 pub(super) const SOURCE: &str = concat!(
@@ -70,7 +70,8 @@ impl Kernels {
 /// All kernels, compiled when the cache has none.
 pub(super) fn load(gpu: &Arc<Gpu>, settings: &KernelSettings) -> Result<Module, DeviceError> {
     let architecture = gpu.architecture();
-    let image = cached(settings.cache.as_deref(), SOURCE, &architecture, || {
+    let key = format!("{:?}{SOURCE}", nvrtc::options(&architecture));
+    let image = cached(settings.cache.as_deref(), &key, &architecture, || {
         Compiler::open(settings.nvrtc.as_deref())?.compile(SOURCE, &architecture)
     })?;
     gpu.load(&image)
@@ -88,7 +89,7 @@ pub(super) fn grid_y(tiles: u32, gated: bool) -> (usize, usize) {
     (if gated { tiles / 2 } else { tiles }, tiles.div_ceil(MANY_TILES))
 }
 
-/// The machine code of `source` for `architecture`, from `folder` or from `compile`.
+/// The machine code of what is named `source` for `architecture`, from `folder` or from `compile`.
 fn cached(
     folder: Option<&Path>,
     source: &str,

@@ -145,6 +145,6 @@ impl Compiler {
 type Function<'a, F> = libloading::Symbol<'a, F>;
 
 /// Multiplications and additions are fused only where the source says so.
-fn options(architecture: &str) -> [String; 3] {
+pub(super) fn options(architecture: &str) -> [String; 3] {
     [format!("--gpu-architecture={architecture}"), "--std=c++17".into(), "--fmad=false".into()]
 }

@@ -216,7 +216,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         u64 best = 0;
         for (u32 i = lane; i < experts; i += 32) {
             u64 own = candidate(row[i], i);
-            if (own < last && own > best)
+            // NaN of the first expert may be the largest number of all.
+            if ((rank == 0 || own < last) && own > best)
                 best = own;
         }
         last = best = warp_max(best);
