@@ -12,7 +12,8 @@ use crate::programs::{self, WhenMissing};
 use crate::steps::{step, succeed};
 
 /// Tests of `crates/compute/tests/gpu.rs` that are short enough to be run under a tool that slows them down a hundred times.
-const SANITISED: [&str; 2] = ["small_shapes_are_computed_as_the_cpu_does_it", "a_batch_of_many_waves"];
+const SANITISED: [&str; 3] =
+    ["small_shapes_are_computed_as_the_cpu_does_it", "a_batch_of_many_waves", "a_router_computes_what_the_cpus_does"];
 
 /// What compute-sanitizer looks for: memory, races in shared memory, barriers that not all reach.
 const TOOLS: [&str; 3] = ["memcheck", "racecheck", "synccheck"];

@@ -1,4 +1,4 @@
-//! Measures the expert kernels of `cuda:0` against the same card's copies and matrix multiplications, in one process.
+//! Measures the kernels of experts and routers on `cuda:0` against the same card's copies and matrix multiplications, in one process.
 //!
 //! `cargo run --release -p sirocco-compute --example gpu [probe]` prints one JSON object a line: `{"name", "measured", "floor",
 //! "unit"}`; with `probe`, the GPU's name alone. NVRTC's library may be named by `SIROCCO_NVRTC`, cuBLAS's by `SIROCCO_CUBLAS`. Ends
@@ -15,6 +15,8 @@ use sirocco_compute::{
     Batch, CudaBackend, DeviceError, ExpertBackend, ExpertMatrix, ExpertPacker, ExpertWeights, KernelSettings, Part,
 };
 use sirocco_types::ExpertDtype;
+
+mod routers;
 
 /// Of Mixtral 8x7B.
 const HIDDEN: usize = 4096;
@@ -65,7 +67,7 @@ fn measure() -> Result<(), Failure> {
     for dtype in [ExpertDtype::Int8, ExpertDtype::Int4] {
         shapes(&open(dtype, (HIDDEN, INTER))?, dtype, copy, peak)?;
     }
-    Ok(())
+    routers::measure(copy, peak)
 }
 
 /// Rows of each number for one expert, and mixes.

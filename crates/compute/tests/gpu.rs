@@ -4,9 +4,11 @@ use std::path::PathBuf;
 
 use half::bf16;
 use sirocco_compute::{
-    Batch, CpuBackend, CudaBackend, DeviceError, ExpertBackend, ExpertMatrix, ExpertWeights, KernelSettings, Part, Pool,
+    BLOCK_TOKENS, Batch, CpuBackend, CpuRouter, CpuWeights, CudaBackend, CudaRouter, DeviceError, ExpertBackend,
+    ExpertMatrix, ExpertWeights, KernelSettings, KvBlocks, PackedMatrix, Part, Pool, Queries, RouterBackend,
+    RouterLimits, RouterMatrix, RouterVector, likeliest,
 };
-use sirocco_types::ExpertDtype;
+use sirocco_types::{Dtype, ExpertDtype, ModelSpec};
 
 const DTYPES: [ExpertDtype; 3] = [ExpertDtype::Bf16, ExpertDtype::Int8, ExpertDtype::Int4];
 
@@ -163,4 +165,162 @@ fn a_gpu_says_what_it_is_and_how_it_fares() {
     let readings = gpu.readings().expect("the driver's management library is there");
     assert!((0.0..=1.0).contains(&readings.utilisation) && readings.memory_bytes > 0, "{readings:?}");
     assert!((1.0..150.0).contains(&readings.temperature_celsius), "{readings:?}");
+}
+
+/// A small model whose widths fill no block, with four query heads to a KV head.
+fn spec() -> ModelSpec {
+    ModelSpec {
+        model_type: "mixtral".into(),
+        hidden_size: 200,
+        intermediate_size: 64,
+        num_hidden_layers: 2,
+        num_local_experts: 8,
+        num_experts_per_tok: 2,
+        num_attention_heads: 8,
+        num_key_value_heads: 2,
+        head_dim: 64,
+        vocab_size: 1000,
+        max_position_embeddings: 4096,
+        sliding_window: Some(1500),
+        rms_norm_eps: 1e-5,
+        rope_theta: 10_000.0,
+        tie_word_embeddings: false,
+        bos_token_id: None,
+        eos_token_ids: Vec::new(),
+        dtype: Dtype::Bf16,
+    }
+}
+
+/// Blocks of its cache.
+const BLOCKS: usize = 96;
+
+/// Its matrices, little-endian bf16.
+fn matrices(spec: &ModelSpec) -> impl Iterator<Item = (RouterMatrix, Vec<u8>)> {
+    RouterMatrix::all(spec).enumerate().map(|(index, matrix)| {
+        let (outputs, inputs) = matrix.shape(spec);
+        let scale = 2.0 / (inputs as f32).sqrt();
+        let values = numbers(index).take(outputs * inputs).map(|value| bf16::from_f32(value * scale));
+        (matrix, values.flat_map(bf16::to_le_bytes).collect())
+    })
+}
+
+fn vectors(spec: &ModelSpec) -> impl Iterator<Item = (RouterVector, Vec<f32>)> {
+    RouterVector::all(spec).enumerate().map(|(index, vector)| {
+        (vector, numbers(1000 + index).take(spec.hidden_size).map(|value| 1.0 + value / 4.0).collect())
+    })
+}
+
+fn router_with(spec: &ModelSpec, kv_blocks: KvBlocks) -> Result<CudaRouter, DeviceError> {
+    let settings = KernelSettings { nvrtc: std::env::var_os("SIROCCO_NVRTC").map(PathBuf::from), cache: None };
+    let limits = RouterLimits { step_tokens: 512, step_sequences: 8, kv_blocks };
+    let mut router = CudaRouter::open(0, &settings, spec, limits)?;
+    matrices(spec).try_for_each(|(matrix, rows)| router.load_matrix(matrix, &rows))?;
+    vectors(spec).try_for_each(|(vector, values)| router.load_vector(vector, &values))?;
+    Ok(router)
+}
+
+fn router(spec: &ModelSpec) -> CudaRouter {
+    router_with(spec, KvBlocks::Exactly(BLOCKS)).unwrap_or_else(|error| panic!("{error}"))
+}
+
+fn router_on_cpu(spec: &ModelSpec) -> CpuRouter {
+    let packed = |(matrix, rows): (RouterMatrix, Vec<u8>)| {
+        let (outputs, inputs) = matrix.shape(spec);
+        PackedMatrix::from_bf16(&rows, outputs, inputs).unwrap()
+    };
+    let matrices = matrices(spec).map(packed).collect();
+    let vectors = vectors(spec).map(|(_, values)| values).collect();
+    CpuRouter::new(spec, CpuWeights { matrices, vectors }, BLOCKS, Pool::new(2).unwrap())
+}
+
+/// The tokens and the blocks of a sequence.
+type Sequence = (Vec<u32>, Vec<u32>);
+
+fn sequence(spec: &ModelSpec, len: usize, first_block: u32) -> Sequence {
+    let tokens = (0..len).map(|i| ((i * 37 + first_block as usize) % spec.vocab_size) as u32);
+    (tokens.collect(), (first_block..first_block + len.div_ceil(BLOCK_TOKENS) as u32).rev().collect())
+}
+
+/// Takes parts of sequences, (sequence, start, length), through all layers, with experts that are a formula: what each token's experts
+/// were asked in the last layer, `[hidden]`, with its logits, `[vocab]`.
+fn forward(
+    router: &mut dyn RouterBackend,
+    spec: &ModelSpec,
+    lane: usize,
+    parts: &[(&Sequence, usize, usize)],
+) -> Vec<Vec<f32>> {
+    let tokens: Vec<u32> =
+        parts.iter().flat_map(|(sequence, start, len)| &sequence.0[*start..start + len]).copied().collect();
+    let queries: Vec<Queries> =
+        parts.iter().map(|&(sequence, start, len)| Queries { blocks: &sequence.1, start, len }).collect();
+    router.begin(lane, &tokens, &queries).unwrap();
+    let mut normed = Vec::new();
+    for layer in spec.layers() {
+        let routing = router.attend(lane, layer, &mut normed).unwrap();
+        let mut combined = Vec::new();
+        for (token, normed) in normed.chunks_exact(spec.hidden_size).enumerate() {
+            let (experts, weights) = routing.of(token);
+            let factor: f32 = experts.iter().zip(weights).map(|(e, w)| w * (0.1 * (e.0 + 1) as f32)).sum();
+            combined.extend((1..=normed.len()).map(|i| factor * normed[i % normed.len()]));
+        }
+        router.add_experts(lane, layer, &combined).unwrap();
+    }
+    let rows: Vec<u32> = (0..tokens.len() as u32).collect();
+    let logits = router.logits(lane, &rows).unwrap();
+    let logits = logits.chunks_exact(spec.vocab_size);
+    assert_eq!(router.likeliest(lane, &rows).unwrap(), logits.clone().map(likeliest).collect::<Vec<_>>());
+    assert_eq!(router.overflows(lane).unwrap(), vec![None; parts.len()]);
+    normed.chunks_exact(spec.hidden_size).zip(logits).map(|(normed, logits)| [normed, logits].concat()).collect()
+}
+
+#[test]
+#[ignore = "needs an NVIDIA GPU: cargo xtask gpu-check"]
+fn a_router_computes_what_the_cpus_does() {
+    for spec in [spec(), ModelSpec { num_attention_heads: 2, num_key_value_heads: 1, head_dim: 160, ..spec() }] {
+        let (mut gpu, mut cpu) = (router(&spec), router_on_cpu(&spec));
+        let (a, b) = (sequence(&spec, 600, 0), sequence(&spec, 40, 50));
+        for parts in [vec![(&b, 0, 1), (&a, 0, 500)], vec![(&a, 500, 1), (&b, 1, 38)], vec![(&a, 501, 99), (&b, 39, 1)]]
+        {
+            let got = forward(&mut gpu, &spec, 1, &parts);
+            let want = forward(&mut cpu, &spec, 1, &parts);
+            for (token, (got, want)) in got.iter().zip(&want).enumerate() {
+                let largest = want.iter().fold(0.0_f32, |most, value| most.max(value.abs()));
+                let near = got.iter().zip(want).all(|(got, want)| (got - want).abs() <= largest * 1e-3);
+                assert!(near, "{spec:?}: token {token}: {got:?}, not {want:?}");
+            }
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs an NVIDIA GPU: cargo xtask gpu-check"]
+fn a_routers_bits_depend_neither_on_batch_mates_nor_on_the_cut_of_a_prompt() {
+    let spec = spec();
+    let mut router = router(&spec);
+    let (a, b) = (sequence(&spec, 1900, 0), sequence(&spec, 500, 64));
+    let mut whole = Vec::new();
+    for start in (0..1900).step_by(500) {
+        whole.extend(forward(&mut router, &spec, 0, &[(&a, start, 500.min(1900 - start))]));
+    }
+    let (mut start, mut mate) = (0, 0);
+    for (step, len) in [1, 7, 300, 1, 250, 1, 30, 400, 2, 1, 400, 100, 1, 400, 6].into_iter().enumerate() {
+        let got = forward(&mut router, &spec, step % 2, &[(&b, mate, step * 3 + 1), (&a, start, len)]);
+        for (token, (got, whole)) in got[step * 3 + 1..].iter().zip(&whole[start..]).enumerate() {
+            assert!(bits(got) == bits(whole), "token {} of {len} from {start} on", start + token);
+        }
+        (start, mate) = (start + len, mate + step * 3 + 1);
+    }
+    assert_eq!(start, 1900);
+}
+
+#[test]
+#[ignore = "needs an NVIDIA GPU: cargo xtask gpu-check"]
+fn a_router_that_does_not_fit_is_refused_by_numbers_and_one_that_is_told_to_takes_what_is_left() {
+    let spec = spec();
+    let error = router_with(&spec, KvBlocks::Exactly(1 << 30)).unwrap_err();
+    assert!(matches!(&error, DeviceError::NoRoom { cache, .. } if *cache > 1 << 40), "{error}");
+    assert_eq!(router_with(&spec, KvBlocks::AsFit { most: 77 }).unwrap().kv_blocks(), 77);
+    let wide = ModelSpec { head_dim: 512, ..spec };
+    let error = router_with(&wide, KvBlocks::Exactly(1)).unwrap_err();
+    assert!(matches!(error, DeviceError::Shape { field: "head_dim", .. }), "{error}");
 }

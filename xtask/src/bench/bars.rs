@@ -37,12 +37,13 @@ pub(super) const MODEL: &[(&str, Bar)] = &[
     ("loading bf16", Bar::above(1.0)),
 ];
 
-/// An expert of Mixtral's size on one card: weight bytes over the card's copies, operations over its matrix multiplications, a mix of
-/// rows over the same rows evenly.
+/// Experts and a router of Mixtral's size on one card: bytes of weights, or of keys and values, over the card's copies, operations over
+/// its matrix multiplications, a mix of rows over the same rows evenly.
 pub(super) const GPU: &[(&str, Bar)] = &[
     ("gpu expert ffn bf16, 1 row", Bar::above(0.75).stretch(0.9)),
     ("gpu expert ffn bf16, 8 rows", Bar::above(0.75).stretch(0.9)),
     ("gpu expert ffn bf16, 512 rows", Bar::above(0.65).stretch(0.85)),
     ("gpu expert ffn bf16, 4096 rows", Bar::above(0.65).stretch(0.85)),
     ("gpu uneven mix bf16", Bar::above(0.8).stretch(0.95)),
+    ("gpu attention decode, 1 sequence of 32k", Bar::above(0.7).stretch(0.9)),
 ];

@@ -1,4 +1,4 @@
-//! `cargo xtask bench gpu`: the expert kernels of one card over what the same card copies and multiplies.
+//! `cargo xtask bench gpu`: the kernels of experts and routers on one card over what the same card copies and multiplies.
 
 use std::process::Command;
 

@@ -168,6 +168,7 @@ pub(super) fn plan(heads: &Heads, queries: &[Queries], room: usize) -> Plan {
             let position = |row: usize| all.start + row / heads.group();
             let chunks = heads.chunks(position(row), position(row + rows - 1));
             let records = rows * chunks.len() * heads.shape.kv_heads;
+            assert!(records <= room, "sequences are as long as was announced");
             if used + records > room {
                 plan.end_round(heads, first);
                 (first, used) = (plan.tiles.len(), 0);

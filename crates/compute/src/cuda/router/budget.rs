@@ -165,6 +165,8 @@ impl Weights {
 /// Where a lane's buffers lie, in bytes from the start of its workspace.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Workspace {
+    /// Most of a batch.
+    pub(super) tokens: usize,
     /// The residual stream, `[tokens, hidden]` f32.
     pub(super) hidden: usize,
     /// What the next matrix multiplies, `[tokens, row_bytes(hidden)]`.
@@ -213,6 +215,7 @@ impl Workspace {
         let (step_bytes, ask_bytes) = (step_bytes(shapes, tokens, sequences, longest), ask_bytes(tokens));
         let mut taken = Taken::default();
         let mut workspace = Self {
+            tokens,
             hidden: taken.take(tokens * hidden * 4),
             x: taken.take(tokens * row_bytes(*hidden)),
             qkv: taken.take(tokens * heads.width * 4),

@@ -119,6 +119,9 @@ impl Machine for Card {
     }
 
     fn wait(&mut self, lane: usize) -> Result<(), DeviceError> {
-        self.lanes[lane].stream.wait()
+        let queue = &mut self.lanes[lane];
+        queue.stream.wait()?;
+        queue.copying = false;
+        Ok(())
     }
 }

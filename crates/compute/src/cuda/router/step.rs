@@ -81,12 +81,8 @@ impl Step {
         address: u64,
     ) -> (Self, usize) {
         let Plan { tiles, tasks, places, rounds } = plan(heads, queries, room);
-        let positions = || {
-            let of_query =
-                |(index, all): (usize, &Queries)| (all.start..all.start + all.len).map(move |at| (index, at));
-            queries.iter().enumerate().flat_map(of_query).collect::<Vec<_>>()
-        };
-        let positions = positions();
+        let of_query = |(query, all): (usize, &Queries)| (all.start..all.start + all.len).map(move |at| (query, at));
+        let positions: Vec<(usize, usize)> = queries.iter().enumerate().flat_map(of_query).collect();
         assert_eq!(positions.len(), ids.len(), "every token belongs to a query");
         let slot = |&(query, position): &(usize, usize)| {
             queries[query].blocks[position / BLOCK_TOKENS] * BLOCK_TOKENS as u32 + (position % BLOCK_TOKENS) as u32
