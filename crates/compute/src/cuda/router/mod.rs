@@ -149,6 +149,20 @@ impl CudaRouter {
         launches.iter().try_for_each(|launch| self.machine.launch(lane, launch))
     }
 
+    /// What `run` gives. After an error all that the lane has queued is waited for: its blocks may be somebody else's next.
+    fn settled<T>(
+        &mut self,
+        lane: usize,
+        run: impl FnOnce(&mut Self) -> Result<T, DeviceError>,
+    ) -> Result<T, DeviceError> {
+        let result = run(self);
+        if result.is_err() {
+            // It failed already, which is said.
+            let _ = self.machine.wait(lane);
+        }
+        result
+    }
+
     /// Where a part of a lane's workspace lies in the memory.
     fn place(&self, lane: usize, part: usize) -> usize {
         self.budget.lanes[lane] + part
@@ -206,9 +220,11 @@ impl RouterBackend for CudaRouter {
         let staging = &mut self.machine.staging(lane)?[..workspace.step_bytes];
         let (step, bytes) = Step::write(plan, tokens, queries, staging, address);
         self.lanes[lane] = Lane { step, done: 0, asked: false };
-        self.machine.copy_in(lane, to, bytes)?;
         let launches = self.launches(lane).begin(&self.lanes[lane].step);
-        self.launch(lane, &launches)
+        self.settled(lane, |router| {
+            router.machine.copy_in(lane, to, bytes)?;
+            router.launch(lane, &launches)
+        })
     }
 
     fn attend(&mut self, lane: usize, layer: LayerId, normed: &mut Vec<f32>) -> Result<Routing, DeviceError> {
@@ -216,16 +232,18 @@ impl RouterBackend for CudaRouter {
         assert!(*done == layer.index() && !std::mem::replace(asked, true), "layers are computed in order");
         let (tokens, top_k) = (step.tokens, self.shapes.top_k);
         let launches = self.launches(lane).attend(&self.lanes[lane].step, layer);
-        self.launch(lane, &launches)?;
         let wide = tokens * self.shapes.hidden * 4;
         let from = self.place(lane, self.budget.workspace.out);
-        let out = self.machine.copy_out(lane, from, wide + tokens * top_k * 8)?;
-        let (rows, routing) = out.split_at(wide);
-        let (experts, weights) = routing.split_at(tokens * top_k * 4);
-        normed.clear();
-        normed.extend(floats(rows));
-        let experts = experts.as_chunks::<4>().0.iter().map(|id| ExpertId(u32::from_le_bytes(*id)));
-        Ok(Routing { top_k, experts: experts.collect(), weights: floats(weights).collect() })
+        self.settled(lane, |router| {
+            router.launch(lane, &launches)?;
+            let out = router.machine.copy_out(lane, from, wide + tokens * top_k * 8)?;
+            let (rows, routing) = out.split_at(wide);
+            let (experts, weights) = routing.split_at(tokens * top_k * 4);
+            normed.clear();
+            normed.extend(floats(rows));
+            let experts = experts.as_chunks::<4>().0.iter().map(|id| ExpertId(u32::from_le_bytes(*id)));
+            Ok(Routing { top_k, experts: experts.collect(), weights: floats(weights).collect() })
+        })
     }
 
     fn add_experts(&mut self, lane: usize, layer: LayerId, combined: &[f32]) -> Result<(), DeviceError> {
@@ -234,9 +252,11 @@ impl RouterBackend for CudaRouter {
         assert!(*done == layer.index() && std::mem::replace(asked, false), "experts answer what was asked");
         assert_eq!(combined.len(), step.tokens * self.shapes.hidden, "a row for each token");
         *done += 1;
-        copy_floats(&mut *self.machine, lane, combined, to)?;
         let launch = self.launches(lane).add_experts(&self.lanes[lane].step, layer);
-        self.machine.launch(lane, &launch)
+        self.settled(lane, |router| {
+            copy_floats(&mut *router.machine, lane, combined, to)?;
+            router.machine.launch(lane, &launch)
+        })
     }
 
     fn overflows(&mut self, lane: usize) -> Result<Vec<Option<LayerId>>, DeviceError> {
