@@ -36,7 +36,7 @@ pub struct SequenceChunk<'a> {
     pub tokens: &'a [u32],
     /// After which of its tokens to compute logits.
     pub logits: Logits,
-    /// When its sequence's time is over; none: never. A batch waits as long as its most patient chunk.
+    /// When its sequence's time is over; none: never. A step waits as long as its most patient chunk, whose batch may be another.
     pub until: Option<Instant>,
 }
 
@@ -148,10 +148,12 @@ impl Model {
         let batches: Vec<&[SequenceChunk]> = batches.iter().copied().filter(|chunks| !chunks.is_empty()).collect();
         assert!(batches.len() <= LANES, "a lane for each of {} batches", batches.len());
         let (spec, router): (&ModelSpec, &mut dyn RouterBackend) = (&self.spec, &mut *self.router);
+        let untils = batches.iter().flat_map(|chunks| *chunks).map(|chunk| chunk.until);
+        let until = untils.max_by_key(|until| (until.is_none(), *until)).flatten();
         // Each batch borrows it only while it computes, never while it waits.
         let shared: RefCell<&mut dyn RouterBackend> = RefCell::new(&mut *router);
         let outputs = batches.iter().enumerate().map(|(lane, chunks)| {
-            let batch = Batch { spec, router: &shared, lane, chunks };
+            let batch = Batch { spec, router: &shared, lane, chunks, until };
             batch.layers(experts)
         });
         let outputs = by_turns(outputs).await?;
@@ -187,6 +189,8 @@ struct Batch<'a, 'r> {
     router: &'a RefCell<&'r mut dyn RouterBackend>,
     lane: usize,
     chunks: &'a [SequenceChunk<'a>],
+    /// How long it may wait for its experts.
+    until: Option<Instant>,
 }
 
 /// What became of one batch.
@@ -199,7 +203,7 @@ struct BatchOutput {
 impl Batch<'_, '_> {
     /// Takes the batch through all layers.
     async fn layers(self, experts: &impl Experts) -> Result<BatchOutput, StepError> {
-        let Self { spec, router, lane, chunks } = self;
+        let Self { spec, router, lane, chunks, until } = self;
         let mut began = Instant::now();
         let mut attention = Duration::ZERO;
         let tokens: Vec<u32> = chunks.iter().flat_map(|chunk| chunk.tokens).copied().collect();
@@ -207,7 +211,6 @@ impl Batch<'_, '_> {
             .iter()
             .map(|chunk| Queries { blocks: chunk.blocks, start: chunk.start, len: chunk.tokens.len() })
             .collect();
-        let until = chunks.iter().map(|chunk| chunk.until).max_by_key(|until| (until.is_none(), *until)).flatten();
         router.borrow_mut().begin(lane, &tokens, &queries)?;
 
         let mut normed = Vec::new(); // [tokens, hidden]

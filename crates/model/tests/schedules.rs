@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 use std::task::Poll;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use futures::executor::block_on;
 use proptest::prelude::*;
@@ -248,6 +248,41 @@ fn while_one_batch_waits_for_its_experts_another_goes_on() {
     let (one, two) = (run(true), run(false));
     assert_eq!((one.1, two.1), (1, 2));
     assert_eq!(one.0, two.0);
+}
+
+/// Experts that note how long they may take.
+struct Patient<'a> {
+    experts: &'a LocalExperts,
+    untils: Mutex<Vec<Option<Instant>>>,
+}
+
+impl Experts for Patient<'_> {
+    async fn forward(
+        &self,
+        layer: LayerId,
+        hidden: &[f32],
+        routing: &Routing,
+        until: Option<Instant>,
+    ) -> Result<Vec<f32>, ExpertsError> {
+        self.untils.lock().unwrap().push(until);
+        self.experts.forward(layer, hidden, routing, until).await
+    }
+}
+
+#[test]
+fn a_batch_waits_as_long_as_the_most_patient_chunk_of_the_other() {
+    let Setup { model, experts } = &mut *take(&ONE_THREAD);
+    let soon = Instant::now();
+    let later = soon + Duration::from_secs(9);
+    for (own, other, most) in [(Some(soon), Some(later), Some(later)), (Some(soon), None, None)] {
+        let chunk = |block: &'static [u32], until| {
+            [SequenceChunk { blocks: block, start: 0, tokens: &[1, 2], logits: Logits::None, until }]
+        };
+        let experts = Patient { experts, untils: Mutex::default() };
+        block_on(model.forward(&[&chunk(&[0], own), &chunk(&[1], other)], &experts)).unwrap();
+        let untils = experts.untils.into_inner().unwrap();
+        assert_eq!(untils, vec![most; 2 * model.spec().num_hidden_layers]);
+    }
 }
 
 /// Experts of which those of one layer give `value` for some rows of its first batch.
