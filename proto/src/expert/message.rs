@@ -113,12 +113,14 @@ impl Inbox {
             return Ok(None);
         }
         self.len = None;
-        let fields = field_bytes(&mut self.chunks.clone().take(len), M::TENSOR);
-        let fields = fields.map_err(|error| Status::invalid_argument(error.to_string()))?;
-        if fields > MAX_FIELD_BYTES {
-            return Err(Status::out_of_range(format!(
-                "message with {fields} bytes beside its rows, the limit is {MAX_FIELD_BYTES}"
-            )));
+        if len > MAX_FIELD_BYTES {
+            let fields = field_bytes(&mut self.chunks.clone().take(len), M::TENSOR);
+            let fields = fields.map_err(|error| Status::invalid_argument(error.to_string()))?;
+            if fields > MAX_FIELD_BYTES {
+                return Err(Status::out_of_range(format!(
+                    "message with {fields} bytes beside its rows, the limit is {MAX_FIELD_BYTES}"
+                )));
+            }
         }
         let message = M::decode((&mut self.chunks).take(len));
         let message = message.map_err(|error| Status::invalid_argument(error.to_string()))?;
