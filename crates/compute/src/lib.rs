@@ -16,6 +16,7 @@ mod attention;
 mod backend;
 mod combine;
 mod cuda;
+mod cut;
 mod device;
 mod disjoint;
 mod exp;

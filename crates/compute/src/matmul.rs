@@ -1,6 +1,6 @@
 //! Matrix multiplication: every output one ascending chain of fused multiply-adds, whatever the rows and threads.
 //!
-//! A few rows are multiplied straight from bf16: one pass over several panels at once, at the speed of memory. More rows form
+//! A few rows are multiplied straight from bf16: one pass over several streams of panels, at the speed of memory. More rows form
 //! tiles of as many as a kernel holds sums for. A block of a panel is then widened to f32 by the first tile and used from the
 //! nearest cache by the others, while the next block is fetched; the sums wait in memory between blocks and go on where they
 //! were.
@@ -23,6 +23,7 @@ use kernels::{Ahead, Kernels, kernels};
 pub(crate) use kernels::Row;
 pub(crate) use tiles::{Tiles, Tiling};
 
+use crate::cut::Cut;
 use crate::disjoint::Disjoint;
 use crate::packed::{PANEL, Panels, WORDS};
 use crate::{PackedMatrix, Pool};
@@ -81,14 +82,14 @@ pub(crate) fn multiply(
     }
     let kernels = kernels(pool.isa());
     let straight = kernels.is_straight(x.rows());
-    // The last tasks are the smallest that are fast, so that all threads end at about the same time.
-    let small = if straight { kernels.side_by_side(x.rows()).next_multiple_of(unit) } else { unit };
-    let large = panels.count() * 3 / 4 / GROUP;
-    let tasks = large + (panels.count() - large * GROUP).div_ceil(small);
+    let cut = if straight {
+        Cut::streams(panels.count(), kernels.streams(x.rows()).next_multiple_of(unit), pool)
+    } else {
+        Cut::new(panels.count(), unit, GROUP, pool)
+    };
     let work = x.rows() * panels.inputs() * panels.count() * PANEL;
-    pool.for_each(tasks, work, |task| {
-        let first = task.min(large) * GROUP + task.saturating_sub(large) * small;
-        let count = if task < large { GROUP } else { small.min(panels.count() - first) };
+    pool.for_each(cut.tasks(), work, |task| {
+        let (first, count) = cut.task(task);
         let words = panels.range(first, count);
         SCRATCH.with_borrow_mut(|scratch| {
             scratch.clear();

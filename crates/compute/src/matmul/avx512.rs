@@ -10,7 +10,7 @@ use super::lanes::{self, Lanes};
 
 define! {
     __m512, features: "avx512f", words: 1, columns: 2,
-    straight: [1: 2, 2: 2, 3: 2, 4: 2, 5: 2, 6: 2], tiles: [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14]
+    straight: [1: 4, 2: 4, 3: 4, 4: 2, 5: 2, 6: 2], tiles: [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14]
 }
 
 #[expect(clippy::inline_always, reason = "inlined into the kernels, which enable the instruction set")]

@@ -37,7 +37,7 @@ impl Ahead {
 }
 
 /// Adds the products of a tile with panels straight from their words. See [`super::lanes`], as for the others.
-type Straight = unsafe fn(*const f32, usize, *const u32, *mut Row);
+type Straight = unsafe fn(*const f32, usize, *const u32, *mut Row, usize);
 /// The same, keeping the words widened to f32.
 type Widen = unsafe fn(*const f32, usize, *const u32, *mut Row, *mut Row, Ahead);
 /// Adds the products of a tile with widened weights.
@@ -46,7 +46,8 @@ type Block = unsafe fn(*const f32, usize, *const Row, *mut Row, Ahead);
 /// The kernels of one instruction set, each by rows, from one on. Straight ones are there for as few rows as make one pass over
 /// several panels worth it.
 pub(super) struct Kernels {
-    /// How many panels are read side by side: one row alone makes too few sums to keep the multipliers busy.
+    /// How many panels are read side by side, a divisor of [`Ahead::STREAMS`]: memory is faster with several streams, and one row
+    /// alone makes too few sums to keep the multipliers busy.
     pub(super) panels: &'static [usize],
     /// For that many panels.
     pub(super) straight: &'static [Straight],
@@ -81,26 +82,25 @@ impl Kernels {
         rows <= self.straight.len()
     }
 
-    /// How many panels to pass to [`Kernels::straight`] for full speed.
-    pub(super) fn side_by_side(&self, rows: usize) -> usize {
+    /// How many streams of panels [`Kernels::straight`] reads side by side at full speed.
+    pub(super) fn streams(&self, rows: usize) -> usize {
         self.panels[rows.max(1) - 1]
     }
 
-    /// Adds to `sums`, `[panels, rows]`, the products of a tile `x`, `[inputs, rows]`, with panels, `[panels, inputs, WORDS]`.
+    /// Adds to `sums`, `[panels, rows]`, the products of a tile `x`, `[inputs, rows]`, with panels, `[panels, inputs, WORDS]`. They
+    /// are read as [`Kernels::streams`], each of as many panels, if they are a multiple of that.
     pub(super) fn straight(&self, x: &[f32], words: &[u32], rows: usize, sums: &mut [Row]) {
-        let inputs = x.len() / rows;
-        let at_once = self.side_by_side(rows);
-        assert!(x.len() == inputs * rows && words.len() * rows == inputs * WORDS * sums.len(), "shapes fit");
-        for (words, sums) in words.chunks(at_once * inputs * WORDS).zip(sums.chunks_mut(at_once * rows)) {
-            if sums.len() == at_once * rows {
-                // SAFETY: these kernels' instruction set is here, and the chunks are as long as the shapes say.
-                unsafe { self.straight[rows - 1](x.as_ptr(), inputs, words.as_ptr(), sums.as_mut_ptr()) };
-                continue;
-            }
-            for (words, sums) in words.chunks_exact(inputs * WORDS).zip(sums.chunks_exact_mut(rows)) {
-                // SAFETY: as above.
-                unsafe { self.straight_one[rows - 1](x.as_ptr(), inputs, words.as_ptr(), sums.as_mut_ptr()) };
-            }
+        let (inputs, panels) = (x.len() / rows, sums.len() / rows);
+        assert!(x.len() == inputs * rows && sums.len() == panels * rows, "shapes fit");
+        assert!(words.len() == panels * inputs * WORDS, "shapes fit");
+        let side_by_side = panels.is_multiple_of(self.streams(rows));
+        let streams = if side_by_side { self.streams(rows) } else { 1 };
+        let kernel = if side_by_side { self.straight[rows - 1] } else { self.straight_one[rows - 1] };
+        let length = panels / streams;
+        for panel in 0..length {
+            let (words, sums) = (&words[panel * inputs * WORDS..], &mut sums[panel * rows..]);
+            // SAFETY: these kernels' instruction set is here; the panels are `panel` of each stream, which were just checked.
+            unsafe { kernel(x.as_ptr(), inputs, words.as_ptr(), sums.as_mut_ptr(), length) }
         }
     }
 
@@ -144,9 +144,10 @@ macro_rules! define {
             inputs: usize,
             words: *const u32,
             sums: *mut Row,
+            apart: usize,
         ) {
             // SAFETY: the instruction set is that of this function; the rest is its caller's promise.
-            unsafe { lanes::straight::<$lanes, R, P, $j>(x, inputs, words, sums) }
+            unsafe { lanes::straight::<$lanes, R, P, $j>(x, inputs, words, sums, apart) }
         }
 
         $(#[target_feature(enable = $features)])?

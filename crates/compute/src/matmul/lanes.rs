@@ -26,8 +26,9 @@ pub(crate) trait Lanes: Copy {
     unsafe fn fetch(at: *const u8);
 }
 
-/// Cache lines that are asked for ahead of their use, so that memory is busy however long it takes to answer.
-const AHEAD: usize = 96;
+/// Cache lines of all panels together that are asked for ahead of their use. Panels that are read side by side are parts of long
+/// streams, which a processor notices and reads ahead in by itself; more than this only gets in its way.
+const AHEAD: usize = 32;
 
 /// Runs `$step` for each input, four at a time: whatever counts and compares takes turns with the multiplications.
 macro_rules! each_input {
@@ -47,8 +48,9 @@ macro_rules! each_input {
     };
 }
 
-/// Adds to `sums`, `[P, R]`, the products of `R` rows `x`, `[inputs, R]`, with `P` panels, `[P, inputs, WORDS]`, in one pass.
-/// `J` is how many vectors `WORDS` fill.
+/// Adds to the sums of `P` panels, `[R]` each, the products of `R` rows `x`, `[inputs, R]`, with the panels, `[inputs, WORDS]`
+/// each, in one pass. `apart` is how far a panel lies from the one before it, in panels, with its words and its sums. `J` is how
+/// many vectors `WORDS` fill.
 ///
 /// SAFETY: needs `V`'s instruction set and pointers to as much as the shapes say.
 #[expect(clippy::inline_always, reason = "compiled once per instruction set, inside the caller that enables it")]
@@ -58,11 +60,12 @@ pub(super) unsafe fn straight<V: Lanes, const R: usize, const P: usize, const J:
     inputs: usize,
     words: *const u32,
     sums: *mut Row,
+    apart: usize,
 ) {
     const { assert!(J * V::COUNT == WORDS) };
     // SAFETY: `p < P`, `r < R`, `k < inputs` and `j * COUNT + COUNT <= WORDS`: all within the shapes.
     unsafe {
-        let sum = |p: usize, r: usize, j: usize| sums.add(p * R + r).cast::<f32>().add(j * V::COUNT);
+        let sum = |p: usize, r: usize, j: usize| sums.add(p * apart * R + r).cast::<f32>().add(j * V::COUNT);
         let mut acc = [[[load_pair::<V>(sum(0, 0, 0)); J]; R]; P];
         for p in 0..P {
             for r in 0..R {
@@ -72,15 +75,18 @@ pub(super) unsafe fn straight<V: Lanes, const R: usize, const P: usize, const J:
             }
         }
         each_input!(inputs, k, {
+            let mut xs = [V::splat(x.add(k * R)); R];
+            for r in 1..R {
+                xs[r] = V::splat(x.add(k * R + r));
+            }
             for p in 0..P {
-                let line = words.add((p * inputs + k) * WORDS);
+                let line = words.add((p * apart * inputs + k) * WORDS);
                 V::fetch(line.wrapping_add(AHEAD / P * WORDS).cast());
                 for j in 0..J {
                     let (low, high) = V::halves(line.add(j * V::COUNT));
                     for r in 0..R {
-                        let x = V::splat(x.add(k * R + r));
                         let acc = &mut acc[p][r][j];
-                        *acc = (acc.0.add_product(x, low), acc.1.add_product(x, high));
+                        *acc = (acc.0.add_product(xs[r], low), acc.1.add_product(xs[r], high));
                     }
                 }
             }

@@ -5,6 +5,7 @@ use super::kernel::{Block, Kernel, kernel};
 use super::matrix::{QuantPanels, QuantWidth};
 use super::rows::{QuantRows, Shape, TILE, quantise};
 use crate::Pool;
+use crate::cut::Cut;
 use crate::disjoint::Disjoint;
 use crate::ffn::{ExpertMatrix, silu_times};
 use crate::matmul::Row;
@@ -15,9 +16,6 @@ const ROWS: usize = 96;
 
 /// Streams that are read side by side: a processor that notices streams and reads ahead in each does so further with several.
 const STREAMS: usize = 4;
-
-/// Panels of a stream at most: where one stream ends and another begins, memory has nothing to do for a while.
-const LENGTH: usize = 8;
 
 /// Rows whose sums for all streams fit beside the weights in the first-level cache. With more rows, reading is the smaller part.
 const FEW: usize = 16;
@@ -112,15 +110,10 @@ fn multiply(
 ) {
     let (panels, rows) = (w.count(), x.shape.rows);
     let streams = if rows <= FEW { STREAMS.min(panels / pool.threads()) / unit * unit } else { 0 }.max(unit);
-    // With one tile nothing is read twice, so streams may be long. The last tasks are the smallest, so that all threads end at
-    // about the same time.
-    let longest = if rows <= TILE { streams * LENGTH } else { streams };
-    let most = (panels / (4 * pool.threads()) / streams * streams).clamp(streams, longest);
-    let large = panels * 3 / 4 / most;
-    let tasks = large + (panels - large * most).div_ceil(streams);
-    pool.for_each(tasks, rows * w.inputs * panels * PANEL, |task| {
-        let first = task.min(large) * most + task.saturating_sub(large) * streams;
-        let count = if task < large { most } else { streams.min(panels - first) };
+    // With one tile nothing is read twice, so streams may be long.
+    let cut = if rows <= TILE { Cut::streams(panels, streams, pool) } else { Cut::new(panels, streams, streams, pool) };
+    pool.for_each(cut.tasks(), rows * w.inputs * panels * PANEL, |task| {
+        let (first, count) = cut.task(task);
         let task = Task { kernel, x, w, first, count, streams: streams.min(count) };
         for first_row in (0..rows).step_by(ROWS) {
             let mut sums = vec![Row::ZERO; ROWS.min(rows - first_row) * count];
