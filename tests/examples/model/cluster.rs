@@ -14,6 +14,8 @@ use sirocco_testkit::cluster::{Cluster, Setup};
 use sirocco_testkit::etcd::Etcd;
 use tokio::runtime::Runtime;
 
+use crate::work::Rate;
+
 const EXPERT_NODES: usize = 8;
 
 pub(crate) struct Served {
@@ -42,16 +44,16 @@ impl Served {
         Ok(Self { client: InferenceServiceClient::new(channel), runtime, _cluster: cluster, _etcd: etcd })
     }
 
-    /// Completes `prompts` at once and greedily, as `expected` says. Returns the tokens per second of all together, from when
-    /// the last one has its first token until the first one has its last.
-    pub(crate) fn complete(&self, prompts: &[Vec<u32>], expected: &[Vec<u32>]) -> Result<f64> {
+    /// Completes `prompts` at once and greedily, as `expected` says. Returns the tokens of all together from when the last
+    /// one has its first token until the first one has its last.
+    pub(crate) fn complete(&self, prompts: &[Vec<u32>], expected: &[Vec<u32>]) -> Result<Rate> {
         let streams = prompts.iter().zip(expected).map(|(prompt, expected)| self.stream(prompt, expected));
         let times = self.runtime.block_on(try_join_all(streams))?;
         let began = times.iter().filter_map(|times| times.first()).max().context("there are tokens")?;
         let ended = times.iter().filter_map(|times| times.last()).min().context("there are tokens")?;
         let tokens = times.iter().flatten().filter(|time| *time > began && *time <= ended).count();
         ensure!(tokens > 0, "no moment saw all {} sequences generate", prompts.len());
-        Ok(tokens as f64 / (*ended - *began).as_secs_f64())
+        Ok(Rate { tokens, seconds: (*ended - *began).as_secs_f64() })
     }
 
     /// When each token of a completion came.

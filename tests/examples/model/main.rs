@@ -2,8 +2,8 @@
 //! can do.
 //!
 //! `model FOLDER [bf16|int8|int4]` takes a checkpoint's folder and what its experts are kept as, and prints one JSON object a
-//! line: `{"name", "measured", "floor", "unit"}`. All of it comes from one run: floors, one process and cluster take turns, and the
-//! best of each counts. The cluster, which is measured with bf16, must say what the one process says.
+//! line: `{"name", "measured", "floor", "unit"}`. All of it comes from one run: floors and one process take turns step by
+//! step, one process and cluster round by round. The cluster, which is measured with bf16, must say what the one process says.
 
 mod cluster;
 #[path = "../../../crates/compute/examples/floors/mod.rs"]
@@ -19,13 +19,12 @@ use anyhow::{Context as _, Result};
 use cluster::Served;
 use one_process::OneProcess;
 use serde_json::json;
-use sirocco_compute::Isa;
 use sirocco_model::Checkpoint;
 use sirocco_types::ExpertDtype;
-use work::{Floors, Run};
+use work::{Floors, Rate, Run};
 
 /// How often everything is measured.
-const ROUNDS: usize = 4;
+const ROUNDS: usize = 6;
 
 /// How often floors are measured in a round: they are short.
 const FLOORS: usize = 4;
@@ -60,39 +59,45 @@ fn main() -> Result<()> {
     let loading = checkpoint.bytes() as f64 / began.elapsed().as_secs_f64() / f64::from(1 << 30);
     report(&format!("loading {dtype}"), loading, 1.0, "GiB/s");
     report(&format!("loading {dtype}, over a plain read of the files"), loading, plain, "GiB/s");
-    let (expected_one, _) = one.complete(&prompts(ONE.0), ONE.1)?;
-    let (expected_many, _) = one.complete(&prompts(MANY.0), MANY.1)?;
-    one.prefill(&prompt)?;
+    let (expected_one, _) = one.complete(&prompts(ONE.0), ONE.1, None)?;
+    let (expected_many, _) = one.complete(&prompts(MANY.0), MANY.1, None)?;
+    one.prefill(&prompt, None)?;
     let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
     report(&format!("peak memory {dtype}"), mib(memory::peak()?), mib(checkpoint.bytes()), "MiB");
 
     let served = if dtype == ExpertDtype::Bf16 { Some(Served::start(&folder)?) } else { None };
-    let memory = floors::Memory::new();
-    let mut floors = Floors::default();
+    let mut floors = Floors::new(threads);
     let (mut decode_one, mut decode_many, mut prefill) = (Vec::new(), Vec::new(), Vec::new());
-    let (mut cluster_one, mut cluster_many) = (0.0_f64, 0.0_f64);
+    let (mut cluster_one, mut cluster_many) = (Rate::default(), Rate::default());
     for _ in 0..ROUNDS {
         for _ in 0..FLOORS {
-            floors.keep(memory.read(threads, Isa::best()), floors::multiply_adds(threads, Isa::best()));
+            floors.multiply();
         }
-        decode_one.push(one.complete(&prompts(ONE.0), ONE.1)?.1);
-        decode_many.push(one.complete(&prompts(MANY.0), MANY.1)?.1);
-        if let Some(served) = &served {
-            cluster_one = cluster_one.max(served.complete(&prompts(ONE.0), &expected_one)?);
-            cluster_many = cluster_many.max(served.complete(&prompts(MANY.0), &expected_many)?);
+        for (sequences, expected, runs, cluster) in [
+            (ONE, &expected_one, &mut decode_one, &mut cluster_one),
+            (MANY, &expected_many, &mut decode_many, &mut cluster_many),
+        ] {
+            runs.push(one.complete(&prompts(sequences.0), sequences.1, Some(&floors))?.1);
+            if let Some(served) = &served {
+                *cluster = *cluster + served.complete(&prompts(sequences.0), expected)?;
+            }
         }
-        prefill.push(one.prefill(&prompt)?);
+        prefill.push(one.prefill(&prompt, Some(&floors))?);
     }
     for (name, runs) in
         [("decode of 1 sequence", &decode_one), ("decode of 16 sequences", &decode_many), ("prefill of 512", &prefill)]
     {
         let best = Run::best(runs, &floors).context("there was a round")?;
-        report(&format!("{name} {dtype}"), best.rate(), best.roofline(&floors), "tokens/s");
+        report(&format!("{name} {dtype}"), best.rate().per_second(), best.roofline(&floors), "tokens/s");
     }
     if served.is_some() {
-        let fastest = |runs: &[Run]| runs.iter().map(Run::rate).fold(0.0, f64::max);
-        report("cluster decode of 1 sequence", cluster_one, fastest(&decode_one), "tokens/s");
-        report("cluster decode of 16 sequences", cluster_many, fastest(&decode_many), "tokens/s");
+        for (name, cluster, runs) in [
+            ("cluster decode of 1 sequence", cluster_one, &decode_one),
+            ("cluster decode of 16 sequences", cluster_many, &decode_many),
+        ] {
+            let one_process = runs.iter().fold(Rate::default(), |sum, run| sum + run.rate());
+            report(name, cluster.per_second(), one_process.per_second(), "tokens/s");
+        }
     }
     Ok(())
 }

@@ -9,7 +9,7 @@ use sirocco_compute::{BLOCK_TOKENS, Pool, RouterDevice, kv_block_bytes};
 use sirocco_model::{Checkpoint, LocalExperts, Logits, Model, SequenceChunk, StepOutput};
 use sirocco_types::{ExpertDtype, ModelSpec};
 
-use crate::work::{Run, Work};
+use crate::work::{Floors, Run, Work};
 
 pub(crate) struct OneProcess {
     model: Model,
@@ -34,22 +34,21 @@ impl OneProcess {
         })
     }
 
-    /// Goes on after `prompts` with the most likely `tokens` tokens each, all sequences together. Returns the ids, and the time
-    /// of all steps but the first one, which computes the prompts.
-    pub(crate) fn complete(&mut self, prompts: &[Vec<u32>], tokens: usize) -> Result<(Vec<Vec<u32>>, Run)> {
+    /// Goes on after `prompts` with the most likely `tokens` tokens each, all sequences together. Returns the ids, and all steps but
+    /// the first one, which computes the prompts.
+    pub(crate) fn complete(
+        &mut self,
+        prompts: &[Vec<u32>],
+        tokens: usize,
+        floors: Option<&Floors>,
+    ) -> Result<(Vec<Vec<u32>>, Run)> {
         let mut ids = vec![Vec::new(); prompts.len()];
-        let mut run = Run::default();
+        let (mut first, mut run) = (Run::default(), Run::default());
         let mut starts = vec![0; prompts.len()];
         let mut inputs = prompts.to_vec();
         while ids[0].len() < tokens {
-            let began = Instant::now();
-            let output = self.step(&starts, &inputs)?;
-            let chosen: Vec<u32> = output.logits.iter().map(|logits| most_likely(logits)).collect();
-            if !ids[0].is_empty() {
-                run.seconds += began.elapsed().as_secs_f64();
-                run.tokens += prompts.len();
-                run.steps.push(self.work(&output, &starts, &inputs));
-            }
+            let run = if ids[0].is_empty() { &mut first } else { &mut run };
+            let chosen = self.timed(run, floors, &starts, &inputs)?;
             for (sequence, id) in chosen.into_iter().enumerate() {
                 starts[sequence] += inputs[sequence].len();
                 inputs[sequence] = vec![id];
@@ -60,12 +59,27 @@ impl OneProcess {
     }
 
     /// Computes a prompt in one step.
-    pub(crate) fn prefill(&mut self, prompt: &[u32]) -> Result<Run> {
-        let inputs = [prompt.to_vec()];
+    pub(crate) fn prefill(&mut self, prompt: &[u32], floors: Option<&Floors>) -> Result<Run> {
+        let mut run = Run::default();
+        self.timed(&mut run, floors, &[0], &[prompt.to_vec()])?;
+        Ok(run)
+    }
+
+    /// Computes the next `inputs` of sequences of which `starts` tokens are known; the most likely token after each.
+    fn timed(
+        &mut self,
+        run: &mut Run,
+        floors: Option<&Floors>,
+        starts: &[usize],
+        inputs: &[Vec<u32>],
+    ) -> Result<Vec<u32>> {
+        let read = floors.map_or(f64::NAN, Floors::read);
         let began = Instant::now();
-        let output = self.step(&[0], &inputs)?;
+        let output = self.step(starts, inputs)?;
+        let chosen = output.logits.iter().map(|logits| most_likely(logits)).collect();
         let seconds = began.elapsed().as_secs_f64();
-        Ok(Run { tokens: prompt.len(), seconds, steps: vec![self.work(&output, &[0], &inputs)] })
+        run.push(inputs.iter().map(Vec::len).sum(), seconds, self.work(&output, starts, inputs), read);
+        Ok(chosen)
     }
 
     fn step(&mut self, starts: &[usize], inputs: &[Vec<u32>]) -> Result<StepOutput> {

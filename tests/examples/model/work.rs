@@ -1,19 +1,32 @@
 //! What computing takes at least, and what it took.
 
-/// What the machine can do, the best that was seen.
-#[derive(Clone, Copy, Debug, Default)]
+use std::ops::Add;
+
+use sirocco_compute::Isa;
+
+use crate::floors::{Memory, multiply_adds};
+
+/// What the machine can do.
 pub(crate) struct Floors {
-    /// Bytes read from memory in a second.
-    read: f64,
-    /// Floating-point operations in a second.
+    memory: Memory,
+    threads: usize,
+    /// Floating-point operations in a second, the most that was seen.
     flops: f64,
 }
 
 impl Floors {
-    /// Keeps the higher rates.
-    pub(crate) fn keep(&mut self, read: f64, flops: f64) {
-        self.read = self.read.max(read);
-        self.flops = self.flops.max(flops);
+    pub(crate) fn new(threads: usize) -> Self {
+        Self { memory: Memory::new(), threads, flops: 0.0 }
+    }
+
+    /// Sees how fast the machine multiplies.
+    pub(crate) fn multiply(&mut self) {
+        self.flops = self.flops.max(multiply_adds(self.threads, Isa::best()));
+    }
+
+    /// Bytes read from memory in a second, now.
+    pub(crate) fn read(&self) -> f64 {
+        self.memory.read(self.threads, Isa::best())
     }
 }
 
@@ -26,35 +39,57 @@ pub(crate) struct Work {
     pub(crate) flops: f64,
 }
 
-impl Work {
-    /// Seconds it takes at least: for reading or for computing, whichever is longer.
-    fn seconds(&self, floors: &Floors) -> f64 {
-        (self.bytes / floors.read).max(self.flops / floors.flops)
+/// Tokens, and how long they took.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Rate {
+    pub(crate) tokens: usize,
+    pub(crate) seconds: f64,
+}
+
+impl Rate {
+    pub(crate) fn per_second(self) -> f64 {
+        self.tokens as f64 / self.seconds
+    }
+}
+
+impl Add for Rate {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self { tokens: self.tokens + other.tokens, seconds: self.seconds + other.seconds }
     }
 }
 
 /// Steps that were timed.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Run {
-    pub(crate) tokens: usize,
-    pub(crate) seconds: f64,
-    pub(crate) steps: Vec<Work>,
+    rate: Rate,
+    /// What each step had to do, and how many bytes per second were read from memory right before it: a virtual machine's
+    /// bandwidth may be another a second later.
+    steps: Vec<(Work, f64)>,
 }
 
 impl Run {
-    /// Tokens per second.
-    pub(crate) fn rate(&self) -> f64 {
-        self.tokens as f64 / self.seconds
+    /// Adds a step of `tokens` tokens that took `seconds`, where `read` bytes per second were read from memory right before it.
+    pub(crate) fn push(&mut self, tokens: usize, seconds: f64, work: Work, read: f64) {
+        self.rate = self.rate + Rate { tokens, seconds };
+        self.steps.push((work, read));
     }
 
-    /// Tokens per second at most, by `floors`.
+    /// All of them together.
+    pub(crate) fn rate(&self) -> Rate {
+        self.rate
+    }
+
+    /// Tokens per second at most: each step takes as long as reading or computing, whichever is longer.
     pub(crate) fn roofline(&self, floors: &Floors) -> f64 {
-        self.tokens as f64 / self.steps.iter().map(|step| step.seconds(floors)).sum::<f64>()
+        let seconds = |(work, read): &(Work, f64)| (work.bytes / read).max(work.flops / floors.flops);
+        self.rate.tokens as f64 / self.steps.iter().map(seconds).sum::<f64>()
     }
 
     /// The one that came closest to its roofline.
     pub(crate) fn best<'a>(runs: &'a [Self], floors: &Floors) -> Option<&'a Self> {
-        let share = |run: &Self| run.rate() / run.roofline(floors);
+        let share = |run: &Self| run.rate.per_second() / run.roofline(floors);
         runs.iter().max_by(|a, b| share(a).total_cmp(&share(b)))
     }
 }
