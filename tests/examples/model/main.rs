@@ -48,7 +48,7 @@ fn main() -> Result<()> {
     let prompts = |sequences: usize| -> Vec<Vec<u32>> {
         (0..sequences).map(|sequence| tokens(&checkpoint, sequence + 1, PROMPT)).collect()
     };
-    let prompt = tokens(&checkpoint, 0, PREFILL);
+    let prompt = [tokens(&checkpoint, 0, PREFILL)];
 
     memory::cache_files(&folder)?;
     memory::touch(checkpoint.bytes());
@@ -59,44 +59,43 @@ fn main() -> Result<()> {
     let loading = checkpoint.bytes() as f64 / began.elapsed().as_secs_f64() / f64::from(1 << 30);
     report(&format!("loading {dtype}"), loading, 1.0, "GiB/s");
     report(&format!("loading {dtype}, over a plain read of the files"), loading, plain, "GiB/s");
-    let (expected_one, _) = one.complete(&prompts(ONE.0), ONE.1, None)?;
-    let (expected_many, _) = one.complete(&prompts(MANY.0), MANY.1, None)?;
-    one.prefill(&prompt, None)?;
+    let mut warming = Run::default();
+    let expected_one = one.complete(&prompts(ONE.0), ONE.1, &mut warming, None)?;
+    let expected_many = one.complete(&prompts(MANY.0), MANY.1, &mut warming, None)?;
+    one.step(&[0], &prompt, &mut warming, None)?;
     let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
     report(&format!("peak memory {dtype}"), mib(memory::peak()?), mib(checkpoint.bytes()), "MiB");
 
     let served = if dtype == ExpertDtype::Bf16 { Some(Served::start(&folder)?) } else { None };
     let mut floors = Floors::new(threads);
-    let (mut decode_one, mut decode_many, mut prefill) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut decode_one, mut decode_many, mut prefill) = (Run::default(), Run::default(), Run::default());
     let (mut cluster_one, mut cluster_many) = (Rate::default(), Rate::default());
     for _ in 0..ROUNDS {
         for _ in 0..FLOORS {
             floors.multiply();
         }
-        for (sequences, expected, runs, cluster) in [
+        for (sequences, expected, run, cluster) in [
             (ONE, &expected_one, &mut decode_one, &mut cluster_one),
             (MANY, &expected_many, &mut decode_many, &mut cluster_many),
         ] {
-            runs.push(one.complete(&prompts(sequences.0), sequences.1, Some(&floors))?.1);
+            one.complete(&prompts(sequences.0), sequences.1, run, Some(&floors))?;
             if let Some(served) = &served {
                 *cluster = *cluster + served.complete(&prompts(sequences.0), expected)?;
             }
         }
-        prefill.push(one.prefill(&prompt, Some(&floors))?);
+        one.step(&[0], &prompt, &mut prefill, Some(&floors))?;
     }
-    for (name, runs) in
+    for (name, run) in
         [("decode of 1 sequence", &decode_one), ("decode of 16 sequences", &decode_many), ("prefill of 512", &prefill)]
     {
-        let best = Run::best(runs, &floors).context("there was a round")?;
-        report(&format!("{name} {dtype}"), best.rate().per_second(), best.roofline(&floors), "tokens/s");
+        report(&format!("{name} {dtype}"), run.rate().per_second(), run.roofline(&floors), "tokens/s");
     }
     if served.is_some() {
-        for (name, cluster, runs) in [
+        for (name, cluster, run) in [
             ("cluster decode of 1 sequence", cluster_one, &decode_one),
             ("cluster decode of 16 sequences", cluster_many, &decode_many),
         ] {
-            let one_process = runs.iter().fold(Rate::default(), |sum, run| sum + run.rate());
-            report(name, cluster.per_second(), one_process.per_second(), "tokens/s");
+            report(name, cluster.per_second(), run.rate().per_second(), "tokens/s");
         }
     }
     Ok(())

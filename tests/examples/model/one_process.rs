@@ -34,55 +34,50 @@ impl OneProcess {
         })
     }
 
-    /// Goes on after `prompts` with the most likely `tokens` tokens each, all sequences together. Returns the ids, and all steps but
-    /// the first one, which computes the prompts.
+    /// Goes on after `prompts` with the most likely `tokens` tokens each, all sequences together. Returns the ids; adds to `run` all
+    /// steps but the first one, which computes the prompts.
     pub(crate) fn complete(
         &mut self,
         prompts: &[Vec<u32>],
         tokens: usize,
+        run: &mut Run,
         floors: Option<&Floors>,
-    ) -> Result<(Vec<Vec<u32>>, Run)> {
+    ) -> Result<Vec<Vec<u32>>> {
         let mut ids = vec![Vec::new(); prompts.len()];
-        let (mut first, mut run) = (Run::default(), Run::default());
+        let mut first = Run::default();
         let mut starts = vec![0; prompts.len()];
         let mut inputs = prompts.to_vec();
         while ids[0].len() < tokens {
-            let run = if ids[0].is_empty() { &mut first } else { &mut run };
-            let chosen = self.timed(run, floors, &starts, &inputs)?;
+            let run = if ids[0].is_empty() { &mut first } else { &mut *run };
+            let chosen = self.step(&starts, &inputs, run, floors)?;
             for (sequence, id) in chosen.into_iter().enumerate() {
                 starts[sequence] += inputs[sequence].len();
                 inputs[sequence] = vec![id];
                 ids[sequence].push(id);
             }
         }
-        Ok((ids, run))
+        Ok(ids)
     }
 
-    /// Computes a prompt in one step.
-    pub(crate) fn prefill(&mut self, prompt: &[u32], floors: Option<&Floors>) -> Result<Run> {
-        let mut run = Run::default();
-        self.timed(&mut run, floors, &[0], &[prompt.to_vec()])?;
-        Ok(run)
-    }
-
-    /// Computes the next `inputs` of sequences of which `starts` tokens are known; the most likely token after each.
-    fn timed(
+    /// Computes the next `inputs` of sequences of which `starts` tokens are known: the most likely token after each. Adds the step to
+    /// `run`.
+    pub(crate) fn step(
         &mut self,
-        run: &mut Run,
-        floors: Option<&Floors>,
         starts: &[usize],
         inputs: &[Vec<u32>],
+        run: &mut Run,
+        floors: Option<&Floors>,
     ) -> Result<Vec<u32>> {
         let read = floors.map_or(f64::NAN, Floors::read);
         let began = Instant::now();
-        let output = self.step(starts, inputs)?;
+        let output = self.forward(starts, inputs)?;
         let chosen = output.logits.iter().map(|logits| most_likely(logits)).collect();
         let seconds = began.elapsed().as_secs_f64();
         run.push(inputs.iter().map(Vec::len).sum(), seconds, self.work(&output, starts, inputs), read);
         Ok(chosen)
     }
 
-    fn step(&mut self, starts: &[usize], inputs: &[Vec<u32>]) -> Result<StepOutput> {
+    fn forward(&mut self, starts: &[usize], inputs: &[Vec<u32>]) -> Result<StepOutput> {
         let share = self.blocks.len() / inputs.len();
         let longest = starts.iter().zip(inputs).map(|(start, tokens)| start + tokens.len()).max().unwrap_or(0);
         ensure!(longest <= share * BLOCK_TOKENS, "{longest} tokens, the KV cache has room for {share} blocks");

@@ -86,10 +86,4 @@ impl Run {
         let seconds = |(work, read): &(Work, f64)| (work.bytes / read).max(work.flops / floors.flops);
         self.rate.tokens as f64 / self.steps.iter().map(seconds).sum::<f64>()
     }
-
-    /// The one that came closest to its roofline.
-    pub(crate) fn best<'a>(runs: &'a [Self], floors: &Floors) -> Option<&'a Self> {
-        let share = |run: &Self| run.rate.per_second() / run.roofline(floors);
-        runs.iter().max_by(|a, b| share(a).total_cmp(&share(b)))
-    }
 }
