@@ -53,7 +53,7 @@ impl Request {
     pub(crate) fn run(self) -> Result<()> {
         let found = programs::ensure(&["etcd", "etcdctl", "faketime"], WhenMissing::Install)?;
         let packages = crate::up::PACKAGES.iter().flat_map(|package| ["--package", package]);
-        parts::build(&["--bins"].into_iter().chain(packages).collect::<Vec<_>>())?;
+        parts::build("release", &["--bins"].into_iter().chain(packages).collect::<Vec<_>>())?;
         let mut test =
             crate::cargo(&["test", "--locked", "--release", "--package", "sirocco-testkit", "--test", "e2e"])?;
         test.args(["--", "--ignored", "--nocapture", "--test-threads", "1"]);

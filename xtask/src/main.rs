@@ -28,7 +28,7 @@ Commands:
                  PYTHON, NODE, NPM, FAKETIME, CXX), else what is on the path, else Debian's packages, which are installed. GPU
                  kernels are compiled by NVIDIA's compiler: the library that SIROCCO_NVRTC names, else that of a wheel from PyPI
       --no-install   Fail when one is missing instead of installing it
-  bench [NAME]   Build for release, measure, and print figures beside what they must reach; fails when one does not
+  bench [NAME]   Build as images are built, measure, and print figures beside what they must reach; fails when one does not
                  Without a name, the first four (docs/benchmarks.md)
       kernels    Experts of bf16, int8 and int4 weights over the machine's memory and multiply-adds
       attention  Attention by context over the same

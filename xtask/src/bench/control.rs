@@ -14,7 +14,7 @@ const MEASUREMENT: &str = "control::measure::joins_takeovers_and_writes_keep_the
 pub(super) fn run() -> Result<()> {
     let etcd = programs::ensure(&["etcd", "etcdctl"], WhenMissing::Install)?;
     let packages = crate::up::PACKAGES.iter().flat_map(|package| ["--package", package]);
-    parts::build(&["--bins"].into_iter().chain(packages).collect::<Vec<_>>())?;
+    parts::build("release", &["--bins"].into_iter().chain(packages).collect::<Vec<_>>())?;
     let test = ["test", "--locked", "--release", "--package", "sirocco-testkit", "--test", "e2e", "--"];
     let mut measure = crate::cargo(&test)?;
     measure.args(["--ignored", "--exact", MEASUREMENT, "--nocapture"]);

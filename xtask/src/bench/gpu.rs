@@ -13,8 +13,8 @@ use crate::programs::{self, WhenMissing};
 pub(super) fn run() -> Result<Vec<Figure>> {
     let found = programs::ensure(&["python3"], WhenMissing::Install)?;
     let library = nvrtc::ensure(&found, WhenMissing::Install)?;
-    parts::build(&["--package", "sirocco-compute", "--example", "gpu"])?;
-    let mut command = Command::new(crate::target_folder()?.join("release/examples/gpu"));
+    parts::build_dist(&["--package", "sirocco-compute", "--example", "gpu"])?;
+    let mut command = Command::new(parts::built("examples/gpu")?);
     command.env(nvrtc::VARIABLE, library);
     if let Some(cublas) = std::env::var_os(CUBLAS) {
         command.env(CUBLAS, cublas);

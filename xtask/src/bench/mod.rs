@@ -1,4 +1,4 @@
-//! `cargo xtask bench`: release builds, measured, with each figure beside what it must reach. Fails when one does not.
+//! `cargo xtask bench`: what images ship, measured, with each figure beside what it must reach. Fails when one does not.
 
 mod bars;
 mod control;

@@ -2,6 +2,7 @@
 
 use std::io::stderr;
 use std::os::fd::AsFd as _;
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, ensure};
@@ -74,17 +75,27 @@ pub(super) fn beside(lines: Lines, bars: &[(&str, Bar)]) -> Vec<Figure> {
 
 /// Builds and runs an example that needs nothing.
 fn example(package: &str, name: &str) -> Result<Lines> {
-    build(&["--package", package, "--example", name])?;
-    lines(&mut Command::new(crate::target_folder()?.join("release/examples").join(name)))
+    build_dist(&["--package", package, "--example", name])?;
+    lines(&mut Command::new(built(&format!("examples/{name}"))?))
 }
 
-/// A release build; what it prints goes to standard error.
-pub(crate) fn build(targets: &[&str]) -> Result<()> {
-    let mut build = crate::cargo(&["build", "--locked", "--release"])?;
+/// Builds `targets` as `profile`; what is printed goes to standard error.
+pub(crate) fn build(profile: &str, targets: &[&str]) -> Result<()> {
+    let mut build = crate::cargo(&["build", "--locked", "--profile", profile])?;
     build.args(targets).stdout(Stdio::from(stderr().as_fd().try_clone_to_owned()?));
     let status = build.status().context("start cargo")?;
-    ensure!(status.success(), "`cargo build --release {}` ended with {status}", targets.join(" "));
+    ensure!(status.success(), "`cargo build --profile {profile} {}` ended with {status}", targets.join(" "));
     Ok(())
+}
+
+/// Builds `targets` as images have them.
+pub(super) fn build_dist(targets: &[&str]) -> Result<()> {
+    build("dist", targets)
+}
+
+/// Where [`build_dist`] leaves a program.
+pub(super) fn built(program: &str) -> Result<PathBuf> {
+    Ok(crate::target_folder()?.join("dist").join(program))
 }
 
 /// Runs `command`, without settings from the environment, and reads the figures it prints.

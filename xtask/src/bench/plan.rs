@@ -14,10 +14,10 @@ const TIMED: [(&[&str], f64); 2] = [
     (&["--shape", "deepseek-v3", "--nodes", "2000", "--slots", "4"], 2000.0),
 ];
 
-/// Builds the release `sirocco`, and prints how long its plans take against their limits and the table of all shapes.
+/// Builds `sirocco`, and prints how long its plans take against their limits and the table of all shapes.
 pub(super) fn run() -> Result<()> {
-    parts::build(&["--package", "sirocco"])?;
-    let sirocco = crate::target_folder()?.join("release/sirocco");
+    parts::build_dist(&["--package", "sirocco"])?;
+    let sirocco = parts::built("sirocco")?;
     let mut late = 0;
     for (flags, limit_ms) in TIMED {
         let output = simulate(&sirocco).args(flags).args(["-o", "json"]).output().context("start sirocco")?;

@@ -1,4 +1,4 @@
-//! `cargo xtask bench serve`: a release cluster in one process with the bundled model, under load by `sirocco bench`.
+//! `cargo xtask bench serve`: a cluster in one process with the bundled model, under load by `sirocco bench`.
 //!
 //! Every figure is a ratio of two that were measured in the same run, or a share of the machine; its limit stands beside it.
 
@@ -28,8 +28,8 @@ fn figure(name: &str, (value, floor, unit): (f64, f64, &str), bar: Bar, note: St
 
 /// Measures.
 pub(super) fn run() -> Result<Vec<Figure>> {
-    parts::build(&["--package", "sirocco"])?;
-    let cluster = Cluster::start(crate::target_folder()?.join("release/sirocco"))?;
+    parts::build_dist(&["--package", "sirocco"])?;
+    let cluster = Cluster::start(parts::built("sirocco")?)?;
     let mut figures = vec![cluster.idle()?];
     figures.extend(cluster.streams()?);
     figures.push(cluster.prefix()?);
