@@ -14,6 +14,7 @@ use sirocco_process::http::Health;
 use sirocco_store::{ClusterState, Keys, Registration, to_json};
 use sirocco_types::{ExpertHoldings, ExpertKey, NodeId, RefusedExpert};
 use tokio::sync::watch;
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::batch::Held;
@@ -33,6 +34,8 @@ pub(crate) struct Loader {
     pub(crate) registration: Arc<Registration>,
     pub(crate) health: Health,
     pub(crate) metrics: Arc<Metrics>,
+    /// Experts that are loaded at once by a node that serves none, each by a thread. One that serves loads one at a time.
+    pub(crate) at_once: usize,
     /// Whether to show progress on a terminal.
     pub(crate) progress: bool,
 }
@@ -91,16 +94,26 @@ impl Loader {
         let serves = serves(state, &self.id, &held);
         let bytes = self.checkpoint.spec().expert_bytes();
         let mut progress = Progress::start(self.progress, missing.len(), bytes * missing.len() as u64);
-        for (index, key) in missing.iter().copied().enumerate() {
-            if !serves {
-                self.health.not_ready(format!("loading expert {} of {}", index + 1, missing.len()));
+        let mut waiting = missing.iter().copied();
+        let mut loads = JoinSet::new();
+        let mut changed = false;
+        for loaded in 1.. {
+            while !changed && loads.len() < if serves { 1 } else { self.at_once } {
+                let Some(key) = waiting.next() else { break };
+                let (checkpoint, backend) = (Arc::clone(&self.checkpoint), Arc::clone(&self.backend));
+                loads.spawn_blocking(move || {
+                    let began = Instant::now();
+                    let load = || checkpoint.load_expert_into(key, backend.packer()?);
+                    (key, load(), began.elapsed())
+                });
             }
-            let (checkpoint, backend) = (Arc::clone(&self.checkpoint), Arc::clone(&self.backend));
-            let began = Instant::now();
-            let load = move || checkpoint.load_expert_into(key, backend.packer()?);
-            match tokio::task::spawn_blocking(load).await {
-                Ok(Ok(weights)) => {
-                    self.metrics.loaded(began.elapsed());
+            if !serves && !loads.is_empty() {
+                self.health.not_ready(format!("loading expert {loaded} of {}", missing.len()));
+            }
+            match loads.join_next().await {
+                None => break,
+                Some(Ok((key, Ok(weights), took))) => {
+                    self.metrics.loaded(took);
                     let weights = Arc::new(weights);
                     self.held.rcu(|held| {
                         let mut held = Held::clone(held);
@@ -108,23 +121,20 @@ impl Loader {
                         held
                     });
                 }
-                Ok(Err(error)) => {
+                Some(Ok((key, Err(error), _))) => {
                     tracing::error!(%key, %error, "an expert cannot be loaded");
                     self.metrics.not_loaded();
                     refused.insert(key, error.to_string());
                 }
-                Err(_) => return false,
+                Some(Err(_)) => return false,
             }
             progress.step(bytes);
             // The state changes with every report of load, the placement seldom.
-            let changed = index + 1 < missing.len() && states.has_changed().unwrap_or(false);
-            if changed && states.borrow_and_update().needed_on(&self.id) != *wanted {
-                progress.finish();
-                return false;
-            }
+            let news = waiting.len() > 0 && states.has_changed().unwrap_or(false);
+            changed |= news && states.borrow_and_update().needed_on(&self.id) != *wanted;
         }
         progress.finish();
-        true
+        !changed
     }
 
     fn drop_all_but(&self, wanted: &BTreeSet<ExpertKey>) {
@@ -164,8 +174,9 @@ fn serves(state: &ClusterState, id: &NodeId, held: &Held) -> bool {
 #[cfg(test)]
 mod tests {
     use std::path::Path;
+    use std::sync::{Condvar, Mutex};
 
-    use sirocco_compute::{CpuBackend, Pool};
+    use sirocco_compute::{Batch, CpuBackend, DeviceError, ExpertPacker, GpuReadings, Pool};
     use sirocco_process::metrics::Page;
     use sirocco_store::{EmbeddedStore, LEASE_TTL, Mirror, Store};
     use sirocco_types::{Epoch, EpochRef, ExpertDtype, ExpertId, LayerId, MemberState, PlacementKind};
@@ -204,53 +215,134 @@ mod tests {
         }
     }
 
+    /// A loader of node `a` at work in `cluster`, and all that it lives in.
+    struct Running {
+        keys: Keys,
+        store: Arc<dyn Store>,
+        mirror: Mirror,
+        states: watch::Receiver<Arc<ClusterState>>,
+        health: Health,
+        held: Arc<ArcSwap<Held>>,
+        tasks: TaskTracker,
+        shutdown: CancellationToken,
+    }
+
+    impl Running {
+        async fn start(cluster: Cluster, arriving: Arc<Arriving>) -> Self {
+            let cluster_keys = Keys::new("demo").unwrap();
+            let store: Arc<dyn Store> = Arc::new(EmbeddedStore::new());
+            for (key, value) in cluster.entries(&cluster_keys) {
+                store.put(&key, &value).await.unwrap();
+            }
+            let mirror = Mirror::start(Arc::clone(&store), cluster_keys.prefix()).await.unwrap();
+            let (tasks, shutdown) = (TaskTracker::new(), CancellationToken::new());
+            let states = ClusterState::follow(&mirror, &cluster_keys, &tasks);
+            let registration = Registration::open(Arc::clone(&store), "claim", "", LEASE_TTL).await.unwrap();
+            let health = Health::new("expert-node", "a");
+            let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/demo");
+            let checkpoint = Checkpoint::open(&demo).unwrap();
+            let backend = CpuBackend {
+                pool: Pool::new(1).unwrap(),
+                dtype: ExpertDtype::Bf16,
+                hidden_size: checkpoint.spec().hidden_size,
+                intermediate_size: checkpoint.spec().intermediate_size,
+            };
+            let loader = Loader {
+                id: id("a"),
+                keys: cluster_keys.clone(),
+                checkpoint: Arc::new(checkpoint),
+                backend: Arc::new(Counting(backend, arriving)),
+                held: Arc::default(),
+                registration: Arc::new(registration),
+                health: health.clone(),
+                metrics: Arc::new(Metrics::new(&Page::new(&health), &testing::spec())),
+                at_once: 2,
+                progress: false,
+            };
+            let held = Arc::clone(&loader.held);
+            tasks.spawn(loader.run(states.clone(), shutdown.clone()));
+            Self { keys: cluster_keys, store, mirror, states, health, held, tasks, shutdown }
+        }
+
+        fn holds(&self, experts: &[u32]) -> bool {
+            self.held.load().keys().copied().collect::<BTreeSet<_>>() == keys(experts)
+        }
+
+        async fn stop(self) {
+            self.shutdown.cancel();
+            self.mirror.close().await;
+            self.tasks.close();
+            self.tasks.wait().await;
+        }
+    }
+
+    /// How many experts have begun to load and wait for as many as there should be at once.
+    #[derive(Debug, Default)]
+    struct Arriving {
+        expected: usize,
+        arrived: Mutex<usize>,
+        changed: Condvar,
+    }
+
+    /// The CPU, whose packers come only once as many experts are loaded at once as are expected.
+    #[derive(Debug)]
+    struct Counting(CpuBackend, Arc<Arriving>);
+
+    impl ExpertBackend for Counting {
+        fn kind(&self) -> &'static str {
+            self.0.kind()
+        }
+
+        fn name(&self) -> String {
+            self.0.name()
+        }
+
+        fn capacity_bytes(&self) -> Option<u64> {
+            self.0.capacity_bytes()
+        }
+
+        fn packer(&self) -> Result<ExpertPacker, DeviceError> {
+            let Arriving { expected, arrived, changed } = &*self.1;
+            let mut count = arrived.lock().unwrap();
+            *count += 1;
+            changed.notify_all();
+            let (count, wait) =
+                changed.wait_timeout_while(count, Duration::from_secs(20), |count| *count < *expected).unwrap();
+            assert!(!wait.timed_out(), "{} experts are loaded at once, not {expected}", *count);
+            self.0.packer()
+        }
+
+        fn run(&self, batch: &Batch, done: &mut dyn FnMut(usize, usize, &[f32])) -> Result<(), DeviceError> {
+            self.0.run(batch, done)
+        }
+
+        fn readings(&self) -> Option<GpuReadings> {
+            self.0.readings()
+        }
+    }
+
+    #[tokio::test]
+    async fn a_node_that_serves_nothing_loads_as_many_experts_at_once_as_it_has_threads() {
+        let arriving = Arc::new(Arriving { expected: 2, ..Arriving::default() });
+        let running = Running::start(Cluster { target: 2, serving: 0, ..CLUSTER }, arriving).await;
+        running.health.until_ready().await;
+        assert!(running.holds(&[0, 1]));
+        running.stop().await;
+    }
+
     #[tokio::test]
     async fn a_node_that_serves_stays_ready_while_it_loads_more() {
-        let cluster_keys = Keys::new("demo").unwrap();
-        let store: Arc<dyn Store> = Arc::new(EmbeddedStore::new());
-        for (key, value) in CLUSTER.entries(&cluster_keys) {
-            store.put(&key, &value).await.unwrap();
-        }
-        let mirror = Mirror::start(Arc::clone(&store), cluster_keys.prefix()).await.unwrap();
-        let (tasks, shutdown) = (TaskTracker::new(), CancellationToken::new());
-        let mut states = ClusterState::follow(&mirror, &cluster_keys, &tasks);
-        let registration = Registration::open(Arc::clone(&store), "claim", "", LEASE_TTL).await.unwrap();
-        let health = Health::new("expert-node", "a");
-        let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/demo");
-        let checkpoint = Checkpoint::open(&demo).unwrap();
-        let backend = CpuBackend {
-            pool: Pool::new(1).unwrap(),
-            dtype: ExpertDtype::Bf16,
-            hidden_size: checkpoint.spec().hidden_size,
-            intermediate_size: checkpoint.spec().intermediate_size,
-        };
-        let loader = Loader {
-            id: id("a"),
-            keys: cluster_keys.clone(),
-            checkpoint: Arc::new(checkpoint),
-            backend: Arc::new(backend),
-            held: Arc::default(),
-            registration: Arc::new(registration),
-            health: health.clone(),
-            metrics: Arc::new(Metrics::new(&Page::new(&health), &testing::spec())),
-            progress: false,
-        };
-        let held = Arc::clone(&loader.held);
-        tasks.spawn(loader.run(states.clone(), shutdown.clone()));
-        health.until_ready().await;
-        assert_eq!(held.load().keys().copied().collect::<BTreeSet<_>>(), keys(&[0]));
+        let mut running = Running::start(CLUSTER, Arc::default()).await;
+        running.health.until_ready().await;
+        assert!(running.holds(&[0]));
 
-        let mut obstacle = health.subscribe();
+        let mut obstacle = running.health.subscribe();
         obstacle.mark_unchanged();
         let target = EpochRef { epoch: Epoch(2), leader: "c".into() };
-        store.put(&cluster_keys.placement(PlacementKind::Target), &to_json(&target)).await.unwrap();
+        running.store.put(&running.keys.placement(PlacementKind::Target), &to_json(&target)).await.unwrap();
         let complete = |state: &Arc<ClusterState>| state.holdings(&id("a")).is_some_and(|held| held.count() == 2);
-        states.wait_for(complete).await.unwrap();
+        running.states.wait_for(complete).await.unwrap();
         assert!(!obstacle.has_changed().unwrap(), "it was not ready for a while");
-
-        shutdown.cancel();
-        mirror.close().await;
-        tasks.close();
-        tasks.wait().await;
+        running.stop().await;
     }
 }

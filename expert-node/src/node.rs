@@ -181,6 +181,7 @@ pub async fn start(
         registration: Arc::clone(&registration),
         health: health.clone(),
         metrics: Arc::clone(&metrics),
+        at_once: config.threads.max(1),
         progress: !config.no_progress,
     };
     tasks.spawn(loader.run(states, leave.clone()));
