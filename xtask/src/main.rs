@@ -6,6 +6,7 @@
 mod bench;
 mod chaos;
 mod gpu;
+mod neon;
 mod nvrtc;
 mod programs;
 mod steps;
@@ -48,6 +49,10 @@ Commands:
   gpu-check      Check what needs an NVIDIA GPU: kernels, routers and experts, goldens, clusters of GPU and CPU nodes, and
                  memory by compute-sanitizer when it is there. Fails, saying what is missing, where there is no GPU
       --no-install   As for test
+  neon           Test the kernels for 64-bit Arm where there is none: the compute crate's tests, compiled for it and run by QEMU
+                 (SIROCCO_QEMU_AARCH64_BIN, SIROCCO_AARCH64_GCC_BIN and SIROCCO_CXX_BIN, found or installed as for test). On an
+                 Arm machine `test` does that already
+      --no-install   As for test
   help           Print this
 
 Exit status: 0 done, 1 failed, 2 usage; `up` ends with the status of `sirocco up`.
@@ -65,7 +70,9 @@ fn main() -> ExitCode {
         ["test", "--no-install"] => steps::test(programs::WhenMissing::Fail),
         ["gpu-check"] => gpu::check(programs::WhenMissing::Install),
         ["gpu-check", "--no-install"] => gpu::check(programs::WhenMissing::Fail),
-        ["help" | "--help" | "-h"] | ["test" | "bench" | "chaos" | "gpu-check", "--help" | "-h"] => {
+        ["neon"] => neon::test(programs::WhenMissing::Install),
+        ["neon", "--no-install"] => neon::test(programs::WhenMissing::Fail),
+        ["help" | "--help" | "-h"] | ["test" | "bench" | "chaos" | "gpu-check" | "neon", "--help" | "-h"] => {
             print!("{HELP}");
             Ok(())
         }
@@ -78,7 +85,7 @@ fn main() -> ExitCode {
             Err(problem) => return usage(&problem),
         },
         [] => return usage("a command is missing"),
-        [command @ ("test" | "gpu-check"), other, ..] => {
+        [command @ ("test" | "gpu-check" | "neon"), other, ..] => {
             return usage(&format!("`{command}` has no argument {other:?}"));
         }
         [other, ..] => return usage(&format!("there is no command {other:?}")),

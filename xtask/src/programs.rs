@@ -21,7 +21,7 @@ pub(crate) struct Program {
 }
 
 /// Every such program.
-pub(crate) const PROGRAMS: [Program; 10] = [
+pub(crate) const PROGRAMS: [Program; 12] = [
     Program { name: "etcd", variable: "SIROCCO_ETCD_BIN", packages: &["etcd-server"], unit: Some("etcd.service") },
     Program { name: "etcdctl", variable: "SIROCCO_ETCDCTL_BIN", packages: &["etcd-client"], unit: None },
     Program {
@@ -37,7 +37,17 @@ pub(crate) const PROGRAMS: [Program; 10] = [
     Program { name: "faketime", variable: "SIROCCO_FAKETIME_BIN", packages: &["faketime"], unit: None },
     Program { name: "c++", variable: "SIROCCO_CXX_BIN", packages: &["g++"], unit: None },
     Program { name: "npm", variable: "SIROCCO_NPM_BIN", packages: &["npm"], unit: None },
+    Program { name: "qemu-aarch64", variable: "SIROCCO_QEMU_AARCH64_BIN", packages: &["qemu-user"], unit: None },
+    Program {
+        name: "aarch64-linux-gnu-gcc",
+        variable: "SIROCCO_AARCH64_GCC_BIN",
+        packages: &["gcc-aarch64-linux-gnu", "libc6-dev-arm64-cross"],
+        unit: None,
+    },
 ];
+
+/// What stands in for an Arm machine; only `cargo xtask neon` needs these.
+const ARM: [&str; 2] = ["qemu-aarch64", "aarch64-linux-gnu-gcc"];
 
 /// A browser without fonts shows no text; with these, screenshots look the same everywhere.
 const CHROMIUM: &[&str] = &["chromium", "fonts-dejavu-core", "fonts-inter"];
@@ -92,9 +102,14 @@ pub(crate) fn ensure(names: &[&str], when_missing: WhenMissing) -> Result<Found>
     Ok(Found(wanted.iter().map(path).collect::<Result<_>>()?))
 }
 
-/// The names of all programs.
+/// The names of all programs that the tests of this machine start.
 pub(crate) fn all() -> Vec<&'static str> {
-    PROGRAMS.iter().map(|program| program.name).collect()
+    PROGRAMS.iter().map(|program| program.name).filter(|name| !ARM.contains(name)).collect()
+}
+
+/// The names of those that the kernels' tests need on an emulated Arm: the C++ compiler is this machine's, and so is what it makes.
+pub(crate) fn for_arm() -> Vec<&'static str> {
+    [&ARM[..], &["c++"]].concat()
 }
 
 fn missing<'a>(wanted: &[&'a Program]) -> Result<Vec<&'a Program>> {

@@ -1,5 +1,7 @@
 //! What this machine could compute with, in words.
 
+use crate::Isa;
+
 /// For example `AMD EPYC, AVX2+FMA, 2 threads`.
 pub fn cpu_description(threads: usize) -> String {
     let plural = if threads == 1 { "" } else { "s" };
@@ -13,9 +15,10 @@ fn cpu_name() -> String {
 }
 
 fn instructions() -> &'static str {
-    #[cfg(target_arch = "x86_64")]
-    if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-        return "AVX2+FMA";
+    match Isa::best() {
+        Isa::Portable => "scalar",
+        Isa::Neon => "NEON",
+        Isa::Avx2 => "AVX2+FMA",
+        Isa::Avx512 => "AVX-512",
     }
-    "scalar"
 }

@@ -17,6 +17,7 @@ pub(super) struct Block<'a> {
     /// Sums from one panel's to the next one's.
     pub(super) stride: usize,
     /// Whether no tile before this one has read the weights, so that they come from memory.
+    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "only the kernels for x86-64 fetch ahead"))]
     pub(super) first: bool,
 }
 
