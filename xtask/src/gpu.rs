@@ -29,7 +29,7 @@ pub(crate) fn check(when_missing: WhenMissing) -> Result<()> {
         Ok(command)
     };
     step("a GPU that can be used", || succeed(&mut cargo(&[&GPU_EXAMPLE[..], &["--", "probe"]].concat())?))?;
-    step("kernels against the CPU, bits of a row alone and among others, a full GPU", || {
+    step("kernels against the CPU, bits of a row alone, among others and by graphs, a full GPU", || {
         succeed(&mut cargo(&[
             "test",
             "--locked",

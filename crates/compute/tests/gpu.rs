@@ -123,6 +123,29 @@ fn a_row_has_the_same_bits_alone_and_among_4096_and_beside_other_experts() {
 
 #[test]
 #[ignore = "needs an NVIDIA GPU: cargo xtask gpu-check"]
+fn batches_that_are_launched_as_graphs_have_the_bits_of_those_that_are_not() {
+    let (gpu, shape) = (gpu(ExpertDtype::Bf16, (136, 584)), (136, 584));
+    let experts: Vec<ExpertWeights> = (0..4).map(|seed| expert(&gpu, seed).unwrap()).collect();
+    // As many items each time, of other experts, rows and numbers of rows.
+    let batch = |step: usize| -> Vec<(&ExpertWeights, Vec<usize>)> {
+        let rows = |part: usize| (0..=(step + part) % 5).map(|row| step * 7 + part + row).collect();
+        (0..3).map(|part| (&experts[(step + part) % 4], rows(part))).collect()
+    };
+    gpu.use_graphs(false);
+    let plain: Vec<_> = (0..40).map(|step| run(&gpu, shape.0, &batch(step))).collect();
+    assert_eq!(gpu.graph_launches(), 0);
+    gpu.use_graphs(true);
+    for (step, plain) in plain.iter().enumerate() {
+        let got = run(&gpu, shape.0, &batch(step));
+        assert!(got.iter().zip(plain).all(|(got, plain)| bits(got) == bits(plain)), "step {step}");
+    }
+    assert_eq!(gpu.graph_launches(), 39);
+    // The graphs go before what they name.
+    drop(experts);
+}
+
+#[test]
+#[ignore = "needs an NVIDIA GPU: cargo xtask gpu-check"]
 fn a_batch_of_many_waves_comes_whole_and_rows_may_be_wanted_twice() {
     let gpu = gpu(ExpertDtype::Bf16, (64, 128));
     let experts: Vec<ExpertWeights> = (0..3).map(|seed| expert(&gpu, seed).unwrap()).collect();
@@ -311,6 +334,38 @@ fn a_routers_bits_depend_neither_on_batch_mates_nor_on_the_cut_of_a_prompt() {
         (start, mate) = (start + len, mate + step * 3 + 1);
     }
     assert_eq!(start, 1900);
+}
+
+#[test]
+#[ignore = "needs an NVIDIA GPU: cargo xtask gpu-check"]
+fn steps_that_are_launched_as_graphs_have_the_bits_of_those_that_are_not() {
+    let spec = ModelSpec { sliding_window: None, ..spec() };
+    let mut router = router(&spec);
+    let sequences = [sequence(&spec, 1100, 0), sequence(&spec, 700, 40), sequence(&spec, 340, 70)];
+    let mut decode = |graphs: bool| {
+        router.use_graphs(graphs);
+        for sequence in &sequences {
+            let prompt = sequence.0.len() - 100;
+            for start in (0..prompt).step_by(500) {
+                forward(&mut router, &spec, 0, &[(sequence, start, 500.min(prompt - start))]);
+            }
+        }
+        let before = router.graph_launches();
+        let step = |step: usize| {
+            let parts: Vec<_> = sequences.iter().map(|sequence| (sequence, sequence.0.len() - 100 + step, 1)).collect();
+            forward(&mut router, &spec, step % 2, &parts)
+        };
+        let tokens: Vec<Vec<f32>> = (0..100).flat_map(step).collect();
+        (tokens, router.graph_launches() - before)
+    };
+    let (plain, none) = decode(false);
+    let (graphs, launched) = decode(true);
+    for (token, (got, plain)) in graphs.iter().zip(&plain).enumerate() {
+        assert!(bits(got) == bits(plain), "step {}, sequence {}", token / 3, token % 3);
+    }
+    assert_eq!(none, 0);
+    // 8 tasks, then 9 and 10, which are both 10: in each lane a layer's launches come for the first time twice.
+    assert!(launched >= 100 * 2 - 2 * 2 * 2, "{launched}");
 }
 
 #[test]

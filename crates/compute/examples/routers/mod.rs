@@ -90,18 +90,21 @@ pub(super) fn measure(copy: f64, peak: f64) -> Result<(), Failure> {
         let combined = vec![0.0; sequences * spec.hidden_size];
         let rows: Vec<u32> = (0..sequences as u32).collect();
         let mut normed = Vec::new();
-        let seconds = best(STEPS, || {
-            let since = Instant::now();
-            router.begin(0, &vec![1; sequences], &last)?;
-            for layer in spec.layers() {
-                router.attend(0, layer, &mut normed)?;
-                router.add_experts(0, layer, &combined)?;
-            }
-            router.likeliest(0, &rows)?;
-            Ok(since.elapsed())
-        })?;
-        let bytes = read + (2048 * sequences * spec.num_hidden_layers) as f64 * token_bytes;
-        print(&format!("gpu router decode step, {name}"), bytes / seconds / 1e9, copy, "GB/s");
+        for (how, graphs) in [("decode step", true), ("decode step without graphs", false)] {
+            router.use_graphs(graphs);
+            let seconds = best(STEPS, || {
+                let since = Instant::now();
+                router.begin(0, &vec![1; sequences], &last)?;
+                for layer in spec.layers() {
+                    router.attend(0, layer, &mut normed)?;
+                    router.add_experts(0, layer, &combined)?;
+                }
+                router.likeliest(0, &rows)?;
+                Ok(since.elapsed())
+            })?;
+            let bytes = read + (2048 * sequences * spec.num_hidden_layers) as f64 * token_bytes;
+            print(&format!("gpu router {how}, {name}"), bytes / seconds / 1e9, copy, "GB/s");
+        }
     }
     Ok(())
 }

@@ -2,20 +2,21 @@
 //!
 //! A batch is cut into waves that the workspace has room for. Two lanes, each with a stream and buffers of its own, take turns:
 //! while one computes, the other's rows come in or go out. A wave is one copy in of what to do and one of its hidden states, each
-//! once however many experts want it; two launches for each half of the experts at most; and one copy out. The workspace is
-//! there from the start, so a batch needs no memory.
+//! once however many experts want it; two launches for each half of the experts at most, which are one graph when as many items
+//! came before; and one copy out. The workspace is there from the start, so a batch needs no memory of its own.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use sirocco_types::ExpertDtype;
 
 use super::error::DeviceError;
 use super::expert::{CudaExpert, CudaPacker, Staging};
-use super::gpu::{Gpu, Kernel, Memory, Pinned, Stream};
-use super::kernels::{KernelSettings, Kernels, grid_y};
-use super::launch::Operands;
+use super::gpu::{Gpu, Graph, Memory, Pinned, Stream};
+use super::graphs::{self, Graphs};
+use super::kernels::{KernelSettings, Kernels, grid_y, shared_bytes};
+use super::launch::{Launch, Operands};
 use super::layout::{Layout, row_bytes, write_row};
 use super::nvml::Nvml;
 use super::plan::{ITEM, Piece, Work, item, items, waves};
@@ -48,11 +49,19 @@ pub fn probe_gpu(ordinal: usize, settings: &KernelSettings) -> Result<GpuMemory,
     Ok(GpuMemory { free, total })
 }
 
+/// What batches are run with.
+#[derive(Debug)]
+struct Lanes {
+    // Dropped first, for they name what the lanes have.
+    graphs: Graphs<Graph>,
+    lanes: [Lane; 2],
+}
+
 /// Experts on a GPU.
 #[derive(Debug)]
 pub struct CudaBackend {
     // Dropped in this order: what may still be under way first.
-    lanes: Mutex<[Lane; 2]>,
+    work: Mutex<Lanes>,
     staging: Arc<Mutex<Staging>>,
     kernels: Kernels,
     layout: Layout,
@@ -84,7 +93,8 @@ impl CudaBackend {
         let staging = Arc::new(Mutex::new(Staging::new(&gpu, layout)?));
         let nvml = Nvml::open(gpu.bus());
         let capacity = free - needed;
-        Ok(Self { lanes: Mutex::new(lanes), staging, kernels, layout, capacity, nvml, gpu })
+        let work = Mutex::new(Lanes { graphs: Graphs::new(graphs::MOST), lanes });
+        Ok(Self { work, staging, kernels, layout, capacity, nvml, gpu })
     }
 }
 
@@ -96,19 +106,33 @@ impl CudaBackend {
         memory.free.saturating_sub(memory.total / RESERVE + nodes * (workspace + CONTEXT)) / nodes
     }
 
+    /// For benchmarks and checks: whether launches that come again become graphs, as they do at first.
+    pub fn use_graphs(&self, on: bool) {
+        self.work().graphs.set(on);
+    }
+
+    /// For benchmarks and checks: how many graphs have been launched.
+    pub fn graph_launches(&self) -> u64 {
+        self.work().graphs.launched()
+    }
+
+    fn work(&self) -> MutexGuard<'_, Lanes> {
+        self.work.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// For benchmarks: how long the kernels take for the first wave of `batch`, without the copies on both sides, on average over
     /// `times`.
     pub fn kernel_time(&self, batch: &Batch, times: u32) -> Result<Duration, DeviceError> {
         let rows: Vec<usize> = batch.parts.iter().map(|part| part.rows.len()).collect();
         let Some(wave) = waves(&rows, SLOTS).into_iter().next() else { return Ok(Duration::ZERO) };
-        let mut lanes = self.lanes.lock().unwrap_or_else(PoisonError::into_inner);
-        let lane = &mut lanes[0];
+        let mut work = self.work();
+        let Lanes { graphs, lanes: [lane, _] } = &mut *work;
         let mut timed = || {
             let work = lane.prepare(self.layout, batch, &wave)?;
-            lane.compute(&self.kernels, self.layout, &work)?;
+            lane.compute(graphs, &self.kernels, self.layout, &work)?;
             lane.stream.wait()?;
             let since = Instant::now();
-            (0..times).try_for_each(|_| lane.compute(&self.kernels, self.layout, &work))?;
+            (0..times).try_for_each(|_| lane.compute(graphs, &self.kernels, self.layout, &work))?;
             lane.stream.wait()?;
             Ok(since.elapsed() / times)
         };
@@ -140,7 +164,8 @@ impl ExpertBackend for CudaBackend {
 
     fn run(&self, batch: &Batch, done: &mut dyn FnMut(usize, usize, &[f32])) -> Result<(), DeviceError> {
         let rows: Vec<usize> = batch.parts.iter().map(|part| part.rows.len()).collect();
-        let mut lanes = self.lanes.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut work = self.work();
+        let Lanes { graphs, lanes } = &mut *work;
         // After a panic a wave may be under way, whose rows are not this batch's.
         lanes.iter_mut().filter(|lane| !lane.pieces.is_empty()).for_each(Lane::stop);
         let waves = waves(&rows, SLOTS);
@@ -148,7 +173,7 @@ impl ExpertBackend for CudaBackend {
         let result = waves.into_iter().enumerate().try_for_each(|(index, wave)| {
             let lane = &mut lanes[index % 2];
             lane.finish(self.layout, done)?;
-            lane.start(&self.kernels, self.layout, batch, wave)
+            lane.start((graphs, &self.kernels), self.layout, batch, wave)
         });
         let result = result.and_then(|()| (count..count + 2).try_for_each(|i| lanes[i % 2].finish(self.layout, done)));
         if result.is_err() {
@@ -214,10 +239,16 @@ impl Lane {
     }
 
     /// Queues a wave. Nothing must be under way.
-    fn start(&mut self, kernels: &Kernels, layout: Layout, batch: &Batch, wave: Vec<Piece>) -> Result<(), DeviceError> {
+    fn start(
+        &mut self,
+        (graphs, kernels): (&mut Graphs<Graph>, &Kernels),
+        layout: Layout,
+        batch: &Batch,
+        wave: Vec<Piece>,
+    ) -> Result<(), DeviceError> {
         let prepared = self.prepare(layout, batch, &wave)?;
         self.pieces = wave;
-        self.compute(kernels, layout, &prepared)?;
+        self.compute(graphs, kernels, layout, &prepared)?;
         // SAFETY: `finish` or `stop` waits before the lane is used again; `finish` reads it after that.
         unsafe { self.stream.copy_out(&mut self.output, &self.device_output, 0, prepared.slots * layout.hidden * 4) }
     }
@@ -236,34 +267,45 @@ impl Lane {
     }
 
     /// Queues the kernels.
-    fn compute(&self, kernels: &Kernels, layout: Layout, prepared: &Prepared) -> Result<(), DeviceError> {
+    fn compute(
+        &self,
+        graphs: &mut Graphs<Graph>,
+        kernels: &Kernels,
+        layout: Layout,
+        prepared: &Prepared,
+    ) -> Result<(), DeviceError> {
+        // SAFETY: these are the arguments of all kernels of `ffn.cu`, by their types; a lane's memory has room for SLOTS slots,
+        // and it, the experts and the kernels stay until the lane has waited. No graph names an expert's memory, which items
+        // do; the lane's and the kernels are dropped after the graphs.
+        unsafe { graphs.run(&self.stream, &kernels.by_shape, &self.launches(layout, prepared)) }
+    }
+
+    /// The launches of a wave: the same again when as many items of few rows and of many come.
+    fn launches(&self, layout: Layout, prepared: &Prepared) -> Vec<Launch> {
         let (gate_up, down) = (layout.gate_up(), layout.down());
         let items = self.device_work.address();
         let (x, gated, output) = (self.device_rows.address(), self.gated.address(), self.device_output.address());
         let row_of = items + prepared.row_of as u64;
         let halves = [
-            (gate_up, [&kernels.gate_up_few, &kernels.gate_up_many], (x, row_of, gated), true),
-            (down, [&kernels.linear_few, &kernels.linear_many], (gated, 0, output), false),
+            (gate_up, ["gate_up_few", "gate_up_many"], (x, row_of, gated), true),
+            (down, ["linear_few", "linear_many"], (gated, 0, output), false),
         ];
+        let mut launches = Vec::new();
         for (matrix, [for_few, for_many], (from, row_of, to), is_gated) in halves {
             let (few_y, many_y) = grid_y(matrix.tiles, is_gated);
             // Of weights the items have whole addresses.
-            let call = Operands { items, base: 0, from, row_of, to, matrix, width: matrix.outputs };
-            self.launch(for_few, (prepared.few, few_y), &call)?;
-            let call = Operands { items: items + (prepared.few * ITEM) as u64, ..call };
-            self.launch(for_many, (prepared.many, many_y), &call)?;
+            let few = Operands { items, base: 0, from, row_of, to, matrix, width: matrix.outputs };
+            let many = Operands { items: items + (prepared.few * ITEM) as u64, ..few };
+            let shared = shared_bytes(layout.dtype);
+            for (kernel, operands, grid, shared) in
+                [(for_few, few, (prepared.few, few_y), 0), (for_many, many, (prepared.many, many_y), shared)]
+            {
+                if grid.0 > 0 {
+                    launches.push(Launch { kernel, grid, shared, arguments: operands.arguments().to_vec() });
+                }
+            }
         }
-        Ok(())
-    }
-
-    /// Queues a kernel, when there are items.
-    fn launch(&self, kernel: &Kernel, grid: (usize, usize), operands: &Operands) -> Result<(), DeviceError> {
-        if grid.0 == 0 {
-            return Ok(());
-        }
-        // SAFETY: these are the arguments of all kernels of `ffn.cu`, by their types; a lane's memory has room for SLOTS slots,
-        // and it, the experts and the kernels stay until the lane has waited.
-        unsafe { self.stream.launch(kernel, grid, &operands.arguments()) }
+        launches
     }
 
     /// Writes items to `work`; how many bytes they take.

@@ -1,5 +1,5 @@
-//! One GPU through its driver: memory, streams, kernels. Every call that can fail says which call it was and whether the device is
-//! lost.
+//! One GPU through its driver: memory, streams, kernels, graphs of them. Every call that can fail says which call it was and whether
+//! the device is lost.
 //!
 //! Uses the driver's functions that exist since CUDA 12.0; of cudarc only what loads the driver's library when it is called.
 //! Never touches cudarc before [`Gpu::open`] has seen that the library is there: cudarc panics without it.
@@ -11,8 +11,8 @@ use std::sync::Arc;
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::{self, CUdevice_attribute, CUfunction_attribute, CUresult};
 
-use super::error::{DeviceError, is_lost};
-use super::launch::Argument;
+use super::error::{DeviceError, is_lost, refuses_graphs};
+use super::launch::{Argument, Launch};
 
 /// The least CUDA version that the driver must support: 1000 times the major, 10 times the minor number.
 const LEAST_DRIVER: i32 = 12_000;
@@ -346,8 +346,7 @@ impl Stream {
         arguments: &[Argument],
     ) -> Result<(), DeviceError> {
         self.gpu.bind()?;
-        let mut arguments: Vec<*mut c_void> =
-            arguments.iter().map(|argument| std::ptr::from_ref(argument).cast_mut().cast()).collect();
+        let mut arguments = pointers(arguments);
         let grid = (grid.0 as u32, grid.1 as u32, 1);
         // SAFETY: the module of the kernel is loaded as long as `Kernels` lives, which outlives every batch; for the arguments
         // the caller vouches.
@@ -364,6 +363,78 @@ impl Stream {
         self.gpu.check("cuLaunchKernel", launch)
     }
 
+    /// Makes a graph of kernels, each waiting for the one before it, and queues what it takes to bring it to the GPU; runs none of
+    /// them. Nodes are added one by one, not captured from the stream: no call of another thread can disturb that, and an error
+    /// leaves nothing behind.
+    ///
+    /// Errors: [`DeviceError::NoGraphs`] when the driver makes none or has no memory for it.
+    ///
+    /// # Safety
+    /// Of each kernel what [`Stream::launch`] says, as long as the graph lives; the kernels stay loaded as long.
+    pub(super) unsafe fn record(&self, calls: &[(Kernel, &Launch)]) -> Result<Graph, DeviceError> {
+        self.gpu.bind()?;
+        let mut template = Template(std::ptr::null_mut());
+        // SAFETY: it writes one handle.
+        let created = unsafe { sys::cuGraphCreate(&raw mut template.0, 0) }.result();
+        self.check_graph("cuGraphCreate", created)?;
+        let mut node: sys::CUgraphNode = std::ptr::null_mut();
+        for (kernel, Launch { grid, arguments, .. }) in calls {
+            let before = node;
+            let mut arguments = pointers(arguments);
+            let parameters = sys::CUDA_KERNEL_NODE_PARAMS {
+                func: kernel.function,
+                gridDimX: grid.0 as u32,
+                gridDimY: grid.1 as u32,
+                gridDimZ: 1,
+                blockDimX: kernel.threads,
+                blockDimY: 1,
+                blockDimZ: 1,
+                sharedMemBytes: kernel.shared_bytes,
+                kernelParams: arguments.as_mut_ptr(),
+                extra: std::ptr::null_mut(),
+                kern: std::ptr::null_mut(),
+                ctx: std::ptr::null_mut(),
+            };
+            let dependencies = usize::from(!before.is_null());
+            // SAFETY: the template was created, its last node is one of it, and arguments are copied before the call returns; for
+            // kernel and arguments the caller vouches.
+            let added = unsafe {
+                sys::cuGraphAddKernelNode_v2(
+                    &raw mut node,
+                    template.0,
+                    &raw const before,
+                    dependencies,
+                    &raw const parameters,
+                )
+            };
+            self.check_graph("cuGraphAddKernelNode", added.result())?;
+        }
+        // SAFETY: the template was created; what is made of it does not need it any more.
+        let graph = unsafe { result::graph::instantiate(template.0, sys::CUgraphInstantiate_flags(0)) };
+        let graph = self.check_graph("cuGraphInstantiate", graph)?;
+        let graph = Graph { gpu: Arc::clone(&self.gpu), graph };
+        // So that a lack of memory comes to light before anything is run.
+        // SAFETY: both were created and live.
+        self.check_graph("cuGraphUpload", unsafe { result::graph::upload(graph.graph, self.stream) })?;
+        Ok(graph)
+    }
+
+    /// Names the GPU and `call`, which makes a graph, when it failed.
+    fn check_graph<T>(&self, call: &'static str, result: Result<T, DriverError>) -> Result<T, DeviceError> {
+        let refused = matches!(&result, Err(error) if refuses_graphs(error.0 as u32));
+        self.gpu.check(call, result).map_err(|error| match error {
+            DeviceError::Call { device, call, problem } if refused => DeviceError::NoGraphs { device, call, problem },
+            error => error,
+        })
+    }
+
+    /// Queues the kernels of a graph that a stream of this GPU made.
+    pub(super) fn launch_graph(&self, graph: &mut Graph) -> Result<(), DeviceError> {
+        self.gpu.bind()?;
+        // SAFETY: graph and stream were created and live; for the kernels the caller of `record` vouched, as long as the graph lives.
+        self.gpu.check("cuGraphLaunch", unsafe { result::graph::launch(graph.graph, self.stream) })
+    }
+
     /// Waits until all that was queued is done. An error of a kernel comes to light here.
     pub(super) fn wait(&self) -> Result<(), DeviceError> {
         self.gpu.bind()?;
@@ -376,6 +447,40 @@ impl Drop for Stream {
     fn drop(&mut self) {
         // SAFETY: it was created by `Gpu::stream`. What is queued is waited for, so that nothing is freed under it.
         let _ = self.wait().map(|()| unsafe { result::stream::destroy(self.stream) });
+    }
+}
+
+/// Where the arguments of a kernel are, as the driver takes them.
+fn pointers(arguments: &[Argument]) -> Vec<*mut c_void> {
+    arguments.iter().map(|argument| std::ptr::from_ref(argument).cast_mut().cast()).collect()
+}
+
+/// What a graph is made of.
+struct Template(sys::CUgraph);
+
+impl Drop for Template {
+    fn drop(&mut self) {
+        if !self.0.is_null() {
+            // SAFETY: it was created by `Stream::record`, and is destroyed once. Whether it fails makes no difference any more.
+            let _ = unsafe { result::graph::destroy(self.0) };
+        }
+    }
+}
+
+/// Kernels with their arguments, to be launched by one call again and again.
+#[derive(Debug)]
+pub(super) struct Graph {
+    gpu: Arc<Gpu>,
+    graph: sys::CUgraphExec,
+}
+
+// SAFETY: a handle of the driver, which any thread may use, one at a time: it is launched through `&mut`.
+unsafe impl Send for Graph {}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        // SAFETY: it was made by `Stream::record` and is destroyed once. The driver lets one end that is under way.
+        let _ = self.gpu.bind().map(|()| unsafe { result::graph::exec_destroy(self.graph) });
     }
 }
 

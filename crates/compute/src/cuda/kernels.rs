@@ -4,6 +4,7 @@
 //! rest. It is written beside its place and renamed, so that several processes may start at once; one that is damaged is
 //! compiled again. Where it cannot be written, nothing is lost but time.
 
+use std::collections::HashMap;
 use std::fs;
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::path::{Path, PathBuf};
@@ -44,10 +45,8 @@ pub struct KernelSettings {
 /// The kernels of an expert's two halves, for experts kept as one dtype.
 #[derive(Debug)]
 pub(super) struct Kernels {
-    pub(super) gate_up_few: Kernel,
-    pub(super) gate_up_many: Kernel,
-    pub(super) linear_few: Kernel,
-    pub(super) linear_many: Kernel,
+    /// `gate_up_few`, `gate_up_many`, `linear_few` and `linear_many`.
+    pub(super) by_shape: HashMap<&'static str, Kernel>,
     /// Keeps them loaded.
     _module: Module,
 }
@@ -56,14 +55,14 @@ impl Kernels {
     /// Those for experts kept as `dtype`.
     pub(super) fn load(gpu: &Arc<Gpu>, settings: &KernelSettings, dtype: ExpertDtype) -> Result<Self, DeviceError> {
         let module = load(gpu, settings)?;
-        let kernel = |shape: &str, shared| module.kernel(&format!("{shape}_{dtype}"), THREADS as u32, shared);
-        Ok(Self {
-            gate_up_few: kernel("gate_up_few", 0)?,
-            gate_up_many: kernel("gate_up_many", shared_bytes(dtype))?,
-            linear_few: kernel("linear_few", 0)?,
-            linear_many: kernel("linear_many", shared_bytes(dtype))?,
-            _module: module,
-        })
+        let many = shared_bytes(dtype);
+        let kernel = |(shape, shared)| {
+            let kernel = module.kernel(&format!("{shape}_{dtype}"), THREADS as u32, shared)?;
+            Ok((shape, kernel))
+        };
+        let shapes = [("gate_up_few", 0), ("gate_up_many", many), ("linear_few", 0), ("linear_many", many)];
+        let by_shape = shapes.into_iter().map(kernel).collect::<Result<_, DeviceError>>()?;
+        Ok(Self { by_shape, _module: module })
     }
 }
 

@@ -3,7 +3,7 @@
 use super::layout::Matrix;
 
 /// An argument of a kernel: an address, a number or a structure of numbers, from its first byte on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(C, align(8))]
 pub(super) struct Argument([u32; 8]);
 
@@ -47,7 +47,7 @@ impl From<Matrix> for Argument {
 }
 
 /// A kernel, by blocks of [`THREADS`](super::kernels::THREADS) threads.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Launch {
     pub(super) kernel: &'static str,
     /// Blocks of threads.

@@ -3,7 +3,7 @@
 //! - `gpu`: a GPU through its driver, loaded by cudarc when it is there; `error` says what is missing, or that the GPU is lost.
 //! - `kernels`: CUDA C++ in `kernels/`, compiled at start by `nvrtc` for the GPU that is there, and kept on disk.
 //! - `layout`: weights as tensor cores take them; `expert` brings them into the GPU's memory.
-//! - `launch`: what a kernel is called with, as data.
+//! - `launch`: what a kernel is called with, as data; `graphs`: launches that come again and again, queued at once.
 //! - `router`: all of a model but its experts.
 //! - `plan` cuts a batch into waves and items, `backend` runs them; `nvml` tells how the GPU fares.
 //!
@@ -17,6 +17,7 @@ mod emulator;
 mod error;
 mod expert;
 mod gpu;
+mod graphs;
 mod kernels;
 mod launch;
 mod layout;

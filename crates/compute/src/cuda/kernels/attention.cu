@@ -30,9 +30,11 @@ struct Tile {
 };
 
 struct Task {
-    u32 tile;
+    u32 tile; // NO_TILE: there is nothing to do
     u32 chunk;
 };
+
+constexpr u32 NO_TILE = 0xffffffffu;
 
 // Positions that a query sees.
 struct Seen {
@@ -356,6 +358,8 @@ __device__ __forceinline__ void attend_many(const Work& work, const float* qkv, 
         NAME(const Task* tasks, const Tile* tiles, const u32* tables, const float* qkv, const float* cache, float4* records,    \
              Heads h)                                                                                                           \
     {                                                                                                                           \
+        if (tasks[blockIdx.x].tile == NO_TILE)                                                                                  \
+            return;                                                                                                             \
         const Work work(tasks, tiles, tables, cache, h);                                                                        \
         if (h.dim <= 128)                                                                                                       \
             SHORT(work, qkv, records, h);                                                                                       \

@@ -20,6 +20,9 @@ const WORTH_MANY: usize = 2 * FEW_ROWS;
 /// What a place counts a tile as.
 const PLACES: u32 = 64;
 
+/// The tile of a task for which kernels do nothing. They say so too.
+const NO_TILE: u32 = u32::MAX;
+
 /// The heads of a model's layers, and where they lie in a row of queries, keys and values.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Heads {
@@ -134,7 +137,7 @@ impl Tile {
 #[derive(Clone, Debug, Default)]
 pub(super) struct Plan {
     pub(super) tiles: Vec<Tile>,
-    /// A tile and a chunk.
+    /// A tile and a chunk; behind those of each section some of [`NO_TILE`].
     pub(super) tasks: Vec<[u32; 2]>,
     /// For each row its tile times [`PLACES`], and its place there.
     pub(super) places: Vec<u32>,
@@ -212,12 +215,19 @@ impl Plan {
             // Tiles that look at the same chunk at the same time find it near.
             self.tasks[start..].sort_by_key(|&[tile, chunk]| (self.tiles[tile as usize].table, chunk, tile));
             if self.tasks.len() > start {
+                self.tasks.resize(start + rounded(self.tasks.len() - start), [NO_TILE, 0]);
                 let (kernel, shared) = heads.kernel(rows);
                 round.sections.push(Section { kernel, shared, tasks: start..self.tasks.len() });
             }
         }
         self.rounds.push(round);
     }
+}
+
+/// So many tasks and some that do nothing, less than a quarter more: up to eight as they are, then one of four numbers to the next
+/// power of two. While contexts grow, launches stay the same until this changes, so that graphs of them can be used again.
+pub(super) fn rounded(tasks: usize) -> usize {
+    tasks.next_multiple_of((tasks.next_power_of_two() / 8).max(1))
 }
 
 /// Cuts `rows` into tiles: the first row and the number of rows of each.
@@ -237,12 +247,13 @@ pub(super) fn table_len(queries: &Queries) -> usize {
     (queries.start + queries.len).div_ceil(BLOCK_TOKENS)
 }
 
-/// Most tiles, tasks and rows of a batch of so many tokens in so many sequences of up to `longest`.
+/// Most tiles, tasks with those that do nothing, and rows of a batch of so many tokens in so many sequences of up to `longest`.
 pub(super) fn most(heads: &Heads, tokens: usize, sequences: usize, longest: usize) -> (usize, usize, usize) {
     let rows = tokens * heads.group();
     // What is left of a sequence's rows after whole tiles is two tiles at most.
     let tiles = rows / heads.many_rows() + 2 * sequences;
-    (tiles, tiles * heads.most_chunks(longest), rows)
+    let tasks = tiles * heads.most_chunks(longest);
+    (tiles, tasks + tasks / 4, rows)
 }
 
 #[cfg(test)]
@@ -263,6 +274,16 @@ mod tests {
             let (kernel, shared) = heads(4, 8, head_dim, None).kernel(rows);
             assert!(shared <= 99 << 10, "{kernel}, {head_dim}: {shared}");
         }
+    }
+
+    #[test]
+    fn numbers_of_tasks_are_few() {
+        let all: Vec<usize> = (1..=1 << 16).map(rounded).collect();
+        assert!(all.iter().zip(1..).all(|(rounded, tasks)| (tasks..=tasks + tasks / 4).contains(rounded)));
+        let mut distinct = all;
+        distinct.dedup();
+        assert_eq!(distinct[..14], [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24]);
+        assert_eq!(distinct.len(), 8 + 4 * 13);
     }
 
     proptest! {
@@ -305,7 +326,10 @@ mod tests {
                 for section in &round.sections {
                     prop_assert_eq!(section.tasks.start, next.1);
                     next.1 = section.tasks.end;
-                    for &[tile, chunk] in &plan.tasks[section.tasks.clone()] {
+                    let tasks = &plan.tasks[section.tasks.clone()];
+                    let (tasks, nothing) = tasks.split_at(tasks.partition_point(|[tile, _]| *tile != NO_TILE));
+                    prop_assert!(nothing.iter().all(|task| *task == [NO_TILE, 0]) && nothing.len() * 4 < tasks.len());
+                    for &[tile, chunk] in tasks {
                         let at = &plan.tiles[tile as usize];
                         prop_assert_eq!(heads.kernel(at.rows as usize), (section.kernel, section.shared));
                         prop_assert!((at.chunk..at.chunk + at.chunks).contains(&chunk));

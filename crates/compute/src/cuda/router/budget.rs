@@ -6,7 +6,7 @@ use sirocco_types::{LayerId, ModelSpec};
 use super::attention::{self, Heads};
 use crate::cuda::error::DeviceError;
 use crate::cuda::layout::{Matrix, TILE, row_bytes};
-use crate::cuda::plan::{ITEM, MANY_ROWS};
+use crate::cuda::plan::{FEW_ROWS, ITEM, MANY_ROWS};
 use crate::router::{KvBlocks, LANES, RouterLimits, RouterMatrix, RouterVector, attention_shape};
 use crate::{AttentionShape, BLOCK_TOKENS};
 
@@ -264,6 +264,7 @@ fn step_bytes(shapes: &Shapes, tokens: usize, sequences: usize, longest: usize) 
         tasks * 8,
         rows * 4,
         tokens.div_ceil(MANY_ROWS) * ITEM,
+        tokens.div_ceil(FEW_ROWS) * ITEM,
     ];
     parts.into_iter().map(|part| part.next_multiple_of(STEP_ALIGNED)).sum()
 }

@@ -82,7 +82,9 @@ impl Launches<'_> {
         let (addend, gate, out) = (self.at(workspace.addend), self.at(workspace.gate), self.at(workspace.out));
         let linear = |matrix: Matrix, weights: usize, from: u64, to: u64| {
             let base = self.base + weights as u64;
-            linear(&step.items, &Operands { items: 0, base, from, row_of: 0, to, matrix, width: matrix.outputs })
+            // A block for many rows has so many tiles: of a gate, which has fewer, one block would have all rows.
+            let items = if (matrix.tiles as usize) < MANY_TILES { &step.narrow } else { &step.items };
+            linear(items, &Operands { items: 0, base, from, row_of: 0, to, matrix, width: matrix.outputs })
         };
         let mut launches = linear(self.shapes.qkv, weights.qkv(layer), x, qkv);
         launches.extend(self.attention(step, layer));

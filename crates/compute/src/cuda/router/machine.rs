@@ -7,7 +7,8 @@ use std::sync::Arc;
 use super::budget::{Budget, Shapes};
 use super::launches::{KERNELS, most_shared};
 use crate::cuda::error::DeviceError;
-use crate::cuda::gpu::{Gpu, Kernel, Memory, Module, Pinned, Stream};
+use crate::cuda::gpu::{Gpu, Graph, Kernel, Memory, Module, Pinned, Stream};
+use crate::cuda::graphs::{self, Graphs};
 use crate::cuda::kernels::{self, KernelSettings, THREADS};
 use crate::cuda::launch::Launch;
 use crate::router::LANES;
@@ -26,6 +27,15 @@ pub(super) trait Machine: Send + fmt::Debug {
     /// Queues a kernel.
     fn launch(&mut self, lane: usize, launch: &Launch) -> Result<(), DeviceError>;
 
+    /// Queues kernels, one after the other: as a graph when they have come before.
+    fn launch_all(&mut self, lane: usize, launches: &[Launch]) -> Result<(), DeviceError>;
+
+    /// Whether lists of launches become graphs, as they do at first.
+    fn use_graphs(&mut self, on: bool);
+
+    /// How many graphs have been launched.
+    fn graph_launches(&self) -> u64;
+
     /// Copies `bytes` from byte `from` of the memory, when all that the lane has queued is done.
     fn copy_out(&mut self, lane: usize, from: usize, bytes: usize) -> Result<&[u8], DeviceError>;
 
@@ -36,7 +46,8 @@ pub(super) trait Machine: Send + fmt::Debug {
 /// A GPU with a router's memory.
 #[derive(Debug)]
 pub(super) struct Card {
-    // Dropped in this order: what may still be under way first.
+    // Dropped in this order: what names the others, then what may still be under way.
+    graphs: Graphs<Graph>,
     lanes: [Queue; LANES],
     kernels: HashMap<&'static str, Kernel>,
     /// Keeps the kernels loaded.
@@ -76,7 +87,7 @@ impl Card {
         };
         let lanes = [queue()?, queue()?];
         let memory = gpu.allocate(budget.bytes, "a router's weights, KV cache and workspace")?;
-        Ok(Self { lanes, kernels, _module: module, memory })
+        Ok(Self { graphs: Graphs::new(graphs::MOST), lanes, kernels, _module: module, memory })
     }
 }
 
@@ -107,6 +118,19 @@ impl Machine for Card {
         // SAFETY: launches are made by `launches.rs` alone, with the arguments that the kernels take, of places that `budget.rs`
         // made large enough; tests run the same launches on the CPU. The memory is dropped after the streams, which wait then.
         unsafe { self.lanes[lane].stream.launch(&kernel, launch.grid, &launch.arguments) }
+    }
+
+    fn launch_all(&mut self, lane: usize, launches: &[Launch]) -> Result<(), DeviceError> {
+        // SAFETY: as for `launch`; kernels and memory are dropped after the graphs.
+        unsafe { self.graphs.run(&self.lanes[lane].stream, &self.kernels, launches) }
+    }
+
+    fn use_graphs(&mut self, on: bool) {
+        self.graphs.set(on);
+    }
+
+    fn graph_launches(&self) -> u64 {
+        self.graphs.launched()
     }
 
     fn copy_out(&mut self, lane: usize, from: usize, bytes: usize) -> Result<&[u8], DeviceError> {

@@ -13,6 +13,8 @@ mod attention;
 mod budget;
 mod launches;
 mod machine;
+#[cfg(test)]
+mod repeats;
 mod step;
 #[cfg(test)]
 pub(super) mod tests;
@@ -135,6 +137,16 @@ impl CudaRouter {
         Ok(since.elapsed() / times)
     }
 
+    /// For benchmarks and checks: whether launches that come again become graphs, as they do at first.
+    pub fn use_graphs(&mut self, on: bool) {
+        self.machine.use_graphs(on);
+    }
+
+    /// For benchmarks and checks: how many graphs have been launched.
+    pub fn graph_launches(&self) -> u64 {
+        self.machine.graph_launches()
+    }
+
     /// Bytes of KV cache that a token takes in a layer.
     pub fn kv_token_bytes(&self) -> usize {
         self.shapes.layer_block_bytes() / crate::BLOCK_TOKENS
@@ -146,7 +158,7 @@ impl CudaRouter {
     }
 
     fn launch(&mut self, lane: usize, launches: &[super::launch::Launch]) -> Result<(), DeviceError> {
-        launches.iter().try_for_each(|launch| self.machine.launch(lane, launch))
+        self.machine.launch_all(lane, launches)
     }
 
     /// What `run` gives. After an error all that the lane has queued is waited for: its blocks may be somebody else's next.

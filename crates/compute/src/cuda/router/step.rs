@@ -37,9 +37,9 @@ pub(super) struct Items {
 }
 
 impl Items {
-    /// Those of `rows` slots, written.
-    fn write(rows: usize, writer: &mut Writer) -> Self {
-        let all = (0..rows).step_by(MANY_ROWS).map(|first| (first, MANY_ROWS.min(rows - first)));
+    /// Those of `rows` slots, up to `most` in each, written.
+    fn write(rows: usize, most: usize, writer: &mut Writer) -> Self {
+        let all = (0..rows).step_by(most).map(|first| (first, most.min(rows - first)));
         let (few, many): (Vec<_>, Vec<_>) = all.partition(|(_, rows)| *rows <= FEW_ROWS);
         // Weights are at the launch's base.
         let at = writer.push(few.iter().chain(&many).map(|&(first, rows)| item([0, 0], first, rows)));
@@ -68,6 +68,8 @@ pub(super) struct Step {
     pub(super) tasks: u64,
     pub(super) places: u64,
     pub(super) items: Items,
+    /// Of few rows alone, for matrices of so few outputs that blocks for many rows would be too few.
+    pub(super) narrow: Items,
     pub(super) rounds: Vec<Round>,
 }
 
@@ -97,11 +99,13 @@ impl Step {
             query_of: writer.words(positions.iter().map(|(query, _)| *query as u32)),
             overflows: writer.words(queries.iter().map(|_| u32::MAX)),
             angles: writer.words(angles.flat_map(|(cosine, sine)| [cosine.to_bits(), sine.to_bits()])),
-            tables: writer.words(queries.iter().flat_map(|all| &all.blocks[..table_len(all)]).copied()),
+            items: Items::write(ids.len(), MANY_ROWS, &mut writer),
+            narrow: Items::write(ids.len(), FEW_ROWS, &mut writer),
             tiles: writer.words(tiles.iter().flat_map(|tile| tile.words())),
-            tasks: writer.words(tasks.into_iter().flatten()),
             places: writer.words(places),
-            items: Items::write(ids.len(), &mut writer),
+            // What grows with contexts comes last: the other addresses, and so the launches, stay those of the step before.
+            tasks: writer.words(tasks.into_iter().flatten()),
+            tables: writer.words(queries.iter().flat_map(|all| &all.blocks[..table_len(all)]).copied()),
             rounds,
         };
         for place in [
@@ -115,6 +119,7 @@ impl Step {
             &mut step.tasks,
             &mut step.places,
             &mut step.items.at,
+            &mut step.narrow.at,
         ] {
             *place += address;
         }
@@ -138,7 +143,7 @@ impl Ask {
         let at = address + writer.words(rows.iter().copied());
         let parts = (0..rows.len()).step_by(most).map(|first| first..rows.len().min(first + most));
         let parts = parts.map(|rows| {
-            let items = Items::write(rows.len(), &mut writer);
+            let items = Items::write(rows.len(), MANY_ROWS, &mut writer);
             (rows, Items { at: address + items.at, ..items })
         });
         let parts = parts.collect();

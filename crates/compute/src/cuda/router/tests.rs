@@ -7,6 +7,7 @@ use super::budget::{Budget, Shapes};
 use super::machine::Machine;
 use super::*;
 use crate::cuda::emulator::{BASE, Emulator};
+use crate::cuda::graphs::{self, Graphs, Turn};
 use crate::cuda::launch::Launch;
 use crate::router::KvBlocks;
 use crate::{BLOCK_TOKENS, CpuRouter, CpuWeights, PackedMatrix, Pool, likeliest};
@@ -42,6 +43,8 @@ pub(in crate::cuda) fn spec() -> ModelSpec {
 #[derive(Debug)]
 struct Emulated {
     emulator: Emulator,
+    /// The graph of launches is what they are.
+    graphs: Graphs<Vec<Launch>>,
     staging: [Vec<u8>; LANES],
     results: Vec<u8>,
 }
@@ -63,6 +66,23 @@ impl Machine for Emulated {
     fn launch(&mut self, _: usize, launch: &Launch) -> Result<(), DeviceError> {
         self.emulator.launch(launch.kernel, launch.grid, launch.shared, &launch.arguments);
         Ok(())
+    }
+
+    fn launch_all(&mut self, lane: usize, launches: &[Launch]) -> Result<(), DeviceError> {
+        let launches = match self.graphs.turn(launches) {
+            Turn::OneByOne => launches.to_vec(),
+            Turn::Record => self.graphs.keep(launches, launches.to_vec()).clone(),
+            Turn::Launch(graph) => graph.clone(),
+        };
+        launches.iter().try_for_each(|launch| self.launch(lane, launch))
+    }
+
+    fn use_graphs(&mut self, on: bool) {
+        self.graphs.set(on);
+    }
+
+    fn graph_launches(&self) -> u64 {
+        self.graphs.launched()
     }
 
     fn copy_out(&mut self, _: usize, from: usize, bytes: usize) -> Result<&[u8], DeviceError> {
@@ -100,7 +120,7 @@ fn vectors(spec: &ModelSpec) -> Vec<Vec<f32>> {
 }
 
 /// A router on the emulator, whose memory is NaN where nothing was written and nothing is padding.
-fn emulated(spec: &ModelSpec, scale: impl Fn(RouterMatrix) -> f32) -> CudaRouter {
+pub(super) fn emulated(spec: &ModelSpec, scale: impl Fn(RouterMatrix) -> f32) -> CudaRouter {
     let shapes = Shapes::new(spec);
     let limits = RouterLimits { step_tokens: 400, step_sequences: 8, kv_blocks: KvBlocks::Exactly(BLOCKS) };
     let mut budget = Budget::new(&shapes, spec, limits, usize::MAX).unwrap();
@@ -122,7 +142,8 @@ fn emulated(spec: &ModelSpec, scale: impl Fn(RouterMatrix) -> f32) -> CudaRouter
         budget.lanes.iter().for_each(|lane| emulator.write(lane + part, &vec![0xff; 400 * width * 4]));
     }
     let staging = std::array::from_fn(|_| vec![0; workspace.in_bytes]);
-    let machine = Emulated { emulator, staging, results: Vec::new() };
+    let graphs = Graphs::new(graphs::MOST);
+    let machine = Emulated { emulator, graphs, staging, results: Vec::new() };
     let mut router = CudaRouter::on(Box::new(machine), spec, shapes, budget, "emulated".into());
     for (matrix, values) in RouterMatrix::all(spec).zip(matrices(spec, scale)) {
         router.load_matrix(matrix, &values.into_iter().flat_map(bf16::to_le_bytes).collect::<Vec<u8>>()).unwrap();
@@ -145,13 +166,13 @@ fn on_cpu(spec: &ModelSpec, scale: impl Fn(RouterMatrix) -> f32) -> CpuRouter {
 }
 
 /// A sequence, and where it is kept.
-struct Sequence {
+pub(super) struct Sequence {
     tokens: Vec<u32>,
     blocks: Vec<u32>,
 }
 
 /// A sequence of `len` tokens that follows from `seed`, in blocks that nobody else has, not in order.
-fn sequence(spec: &ModelSpec, len: usize, seed: usize, first_block: u32) -> Sequence {
+pub(super) fn sequence(spec: &ModelSpec, len: usize, seed: usize, first_block: u32) -> Sequence {
     let tokens = numbers(seed).take(len).map(|value| (value.abs() * (spec.vocab_size - 1) as f32) as u32);
     let blocks = (first_block..first_block + len.div_ceil(BLOCK_TOKENS) as u32).rev();
     Sequence { tokens: tokens.collect(), blocks: blocks.collect() }
@@ -159,7 +180,7 @@ fn sequence(spec: &ModelSpec, len: usize, seed: usize, first_block: u32) -> Sequ
 
 /// What a batch came to, by token.
 #[derive(Clone, Debug, Default, PartialEq)]
-struct Outcome {
+pub(super) struct Outcome {
     /// `[layers, hidden]`
     normed: Vec<Vec<f32>>,
     /// `[layers, top_k]`
@@ -171,7 +192,7 @@ struct Outcome {
 
 /// Takes parts of sequences, (sequence, start, length), through all layers, with experts that are a formula; `spoil` may change what
 /// they made. What each part's tokens came to, and its overflow.
-fn forward(
+pub(super) fn forward(
     router: &mut dyn RouterBackend,
     spec: &ModelSpec,
     lane: usize,
@@ -217,7 +238,7 @@ fn forward(
     outcomes
 }
 
-const NOTHING: &dyn Fn(usize, &mut [f32]) = &|_, _| ();
+pub(super) const NOTHING: &dyn Fn(usize, &mut [f32]) = &|_, _| ();
 
 /// Whether `got` is `want` but for `tolerance` of its largest.
 fn near(got: &[Vec<f32>], want: &[Vec<f32>], tolerance: f32) -> bool {
