@@ -48,7 +48,8 @@ fn probe(device: &DeviceArgs, ordinal: usize) -> Result<GpuMemory, DeviceError> 
     probe_gpu(ordinal, &kernel_settings(device))
 }
 
-/// Where kernels come from, as `device` says.
+/// Where kernels come from and how they are launched, as `device` says.
 pub(crate) fn kernel_settings(device: &DeviceArgs) -> KernelSettings {
-    KernelSettings { nvrtc: device.nvrtc.clone(), cache: device.kernel_folder() }
+    let (cache, no_graphs) = (device.kernel_folder(), device.no_cuda_graphs);
+    KernelSettings { nvrtc: device.nvrtc.clone(), cache, no_graphs }
 }

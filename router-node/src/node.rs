@@ -310,8 +310,9 @@ fn chat(folder: &Path, model: &str) -> Chat {
 
 /// What a model like `spec` runs on, as `config` wants it. Takes seconds when kernels are compiled.
 fn device(config: &Config, spec: &ModelSpec) -> Result<RouterDevice, StartError> {
-    let DeviceArgs { device, nvrtc, .. } = &config.device;
-    let settings = KernelSettings { nvrtc: nvrtc.clone(), cache: config.device.kernel_folder() };
+    let DeviceArgs { device, nvrtc, no_cuda_graphs: no_graphs, .. } = &config.device;
+    let cache = config.device.kernel_folder();
+    let settings = KernelSettings { nvrtc: nvrtc.clone(), cache, no_graphs: *no_graphs };
     let limits = RouterLimits {
         step_tokens: config.step_tokens as usize,
         step_sequences: config.max_sequences as usize,

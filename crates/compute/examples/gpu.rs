@@ -46,7 +46,7 @@ fn main() -> ExitCode {
 }
 
 fn open(dtype: ExpertDtype, shape: (usize, usize)) -> Result<CudaBackend, DeviceError> {
-    let settings = KernelSettings { nvrtc: std::env::var_os("SIROCCO_NVRTC").map(PathBuf::from), cache: None };
+    let settings = KernelSettings { nvrtc: std::env::var_os("SIROCCO_NVRTC").map(PathBuf::from), ..Default::default() };
     CudaBackend::open(0, &settings, dtype, shape)
 }
 

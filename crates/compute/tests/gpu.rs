@@ -21,7 +21,7 @@ fn tolerance(dtype: ExpertDtype) -> f32 {
 const MIXTRAL: (usize, usize) = (4096, 14_336);
 
 fn gpu(dtype: ExpertDtype, shape: (usize, usize)) -> CudaBackend {
-    let settings = KernelSettings { nvrtc: std::env::var_os("SIROCCO_NVRTC").map(PathBuf::from), cache: None };
+    let settings = KernelSettings { nvrtc: std::env::var_os("SIROCCO_NVRTC").map(PathBuf::from), ..Default::default() };
     CudaBackend::open(0, &settings, dtype, shape).unwrap_or_else(|error| panic!("{error}"))
 }
 
@@ -234,7 +234,7 @@ fn vectors(spec: &ModelSpec) -> impl Iterator<Item = (RouterVector, Vec<f32>)> {
 }
 
 fn router_with(spec: &ModelSpec, kv_blocks: KvBlocks) -> Result<CudaRouter, DeviceError> {
-    let settings = KernelSettings { nvrtc: std::env::var_os("SIROCCO_NVRTC").map(PathBuf::from), cache: None };
+    let settings = KernelSettings { nvrtc: std::env::var_os("SIROCCO_NVRTC").map(PathBuf::from), ..Default::default() };
     let limits = RouterLimits { step_tokens: 512, step_sequences: 8, kv_blocks };
     let mut router = CudaRouter::open(0, &settings, spec, limits)?;
     matrices(spec).try_for_each(|(matrix, rows)| router.load_matrix(matrix, &rows))?;

@@ -20,6 +20,9 @@ pub struct DeviceArgs {
     /// Where to keep kernels compiled for GPUs [default: sirocco/kernels in the user's cache folder]
     #[arg(long, env = "SIROCCO_KERNEL_CACHE", value_name = "FOLDER")]
     pub kernel_cache: Option<PathBuf>,
+    /// Launch a GPU's kernels one by one, also those that come again and again, which are CUDA graphs otherwise
+    #[arg(long, env = "SIROCCO_NO_CUDA_GRAPHS")]
+    pub no_cuda_graphs: bool,
 }
 
 impl DeviceArgs {
@@ -28,7 +31,9 @@ impl DeviceArgs {
         let device = Some(("device", self.device.to_string()));
         let path = |name, path: &Option<PathBuf>| Some((name, path.as_ref()?.display().to_string()));
         let paths = [path("nvrtc", &self.nvrtc), path("kernel-cache", &self.kernel_cache)];
-        device.into_iter().chain(paths.into_iter().flatten()).map(|(name, value)| format!("--{name}={value}")).collect()
+        let values = device.into_iter().chain(paths.into_iter().flatten());
+        let no_graphs = self.no_cuda_graphs.then(|| "--no-cuda-graphs".to_owned());
+        values.map(|(name, value)| format!("--{name}={value}")).chain(no_graphs).collect()
     }
 
     /// Where to keep compiled kernels: as told, else in the folder that the system has for what can be made again, if there is one.
@@ -92,6 +97,7 @@ mod tests {
             device: DeviceChoice::Cuda(3),
             nvrtc: Some("libnvrtc.so".into()),
             kernel_cache: Some("kernels".into()),
+            no_cuda_graphs: true,
         };
         let line = ["node".to_owned()].into_iter().chain(all.flags());
         assert_eq!(Line::try_parse_from(line).unwrap().device, all);

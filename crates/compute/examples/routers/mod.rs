@@ -42,7 +42,7 @@ fn mixtral() -> ModelSpec {
 
 /// Small weights of both signs.
 fn open(spec: &ModelSpec) -> Result<CudaRouter, Failure> {
-    let settings = KernelSettings { nvrtc: std::env::var_os("SIROCCO_NVRTC").map(PathBuf::from), cache: None };
+    let settings = KernelSettings { nvrtc: std::env::var_os("SIROCCO_NVRTC").map(PathBuf::from), ..Default::default() };
     let kv_blocks = KvBlocks::Exactly(spec.max_position_embeddings / BLOCK_TOKENS);
     let limits = RouterLimits { step_tokens: PART, step_sequences: 16, kv_blocks };
     let mut router = CudaRouter::open(0, &settings, spec, limits)?;

@@ -14,7 +14,7 @@ use sirocco_types::ExpertDtype;
 use super::error::DeviceError;
 use super::expert::{CudaExpert, CudaPacker, Staging};
 use super::gpu::{Gpu, Graph, Memory, Pinned, Stream};
-use super::graphs::{self, Graphs};
+use super::graphs::Graphs;
 use super::kernels::{KernelSettings, Kernels, grid_y, shared_bytes};
 use super::launch::{Launch, Operands};
 use super::layout::{Layout, row_bytes, write_row};
@@ -93,7 +93,7 @@ impl CudaBackend {
         let staging = Arc::new(Mutex::new(Staging::new(&gpu, layout)?));
         let nvml = Nvml::open(gpu.bus());
         let capacity = free - needed;
-        let work = Mutex::new(Lanes { graphs: Graphs::new(graphs::MOST), lanes });
+        let work = Mutex::new(Lanes { graphs: Graphs::of(settings), lanes });
         Ok(Self { work, staging, kernels, layout, capacity, nvml, gpu })
     }
 }

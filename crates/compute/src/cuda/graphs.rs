@@ -8,11 +8,12 @@ use std::collections::HashMap;
 
 use super::error::DeviceError;
 use super::gpu::{Graph, Kernel, Stream};
+use super::kernels::KernelSettings;
 use super::launch::Launch;
 
 /// Most graphs that are kept, and most lists that are remembered to have come once: 32 layers of decode steps of 16 shapes, in two lanes.
 /// They are a few kernels each, which the driver keeps in the memory that is left to it; how much they take was not measured.
-pub(super) const MOST: usize = 1024;
+const MOST: usize = 1024;
 
 /// Graphs `G` of lists of launches.
 #[derive(Debug)]
@@ -36,8 +37,13 @@ pub(super) enum Turn<'a, G> {
 }
 
 impl<G> Graphs<G> {
+    /// None yet, and none ever where `settings` want none.
+    pub(super) fn of(settings: &KernelSettings) -> Self {
+        Self { on: !settings.no_graphs, ..Self::new(MOST) }
+    }
+
     /// Keeps up to `most`.
-    pub(super) fn new(most: usize) -> Self {
+    fn new(most: usize) -> Self {
         Self { once: Recent::new(most), kept: Recent::new(most), on: true, launched: 0 }
     }
 

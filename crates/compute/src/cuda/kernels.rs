@@ -33,13 +33,15 @@ pub(super) const MANY_TILES: usize = 8;
 const MANY_ROWS: usize = super::plan::MANY_ROWS;
 const STAGES: usize = 2;
 
-/// Where kernels come from.
+/// Where kernels come from, and how they are launched.
 #[derive(Clone, Debug, Default)]
 pub struct KernelSettings {
     /// NVRTC's shared library; without one, the loader's.
     pub nvrtc: Option<PathBuf>,
     /// The folder for compiled kernels; without one, nothing is kept.
     pub cache: Option<PathBuf>,
+    /// Whether all are launched one by one, and none as graphs.
+    pub no_graphs: bool,
 }
 
 /// The kernels of an expert's two halves, for experts kept as one dtype.

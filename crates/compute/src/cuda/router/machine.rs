@@ -8,7 +8,7 @@ use super::budget::{Budget, Shapes};
 use super::launches::{KERNELS, most_shared};
 use crate::cuda::error::DeviceError;
 use crate::cuda::gpu::{Gpu, Graph, Kernel, Memory, Module, Pinned, Stream};
-use crate::cuda::graphs::{self, Graphs};
+use crate::cuda::graphs::Graphs;
 use crate::cuda::kernels::{self, KernelSettings, THREADS};
 use crate::cuda::launch::Launch;
 use crate::router::LANES;
@@ -87,7 +87,7 @@ impl Card {
         };
         let lanes = [queue()?, queue()?];
         let memory = gpu.allocate(budget.bytes, "a router's weights, KV cache and workspace")?;
-        Ok(Self { graphs: Graphs::new(graphs::MOST), lanes, kernels, _module: module, memory })
+        Ok(Self { graphs: Graphs::of(settings), lanes, kernels, _module: module, memory })
     }
 }
 

@@ -7,7 +7,7 @@ use super::budget::{Budget, Shapes};
 use super::machine::Machine;
 use super::*;
 use crate::cuda::emulator::{BASE, Emulator};
-use crate::cuda::graphs::{self, Graphs, Turn};
+use crate::cuda::graphs::{Graphs, Turn};
 use crate::cuda::launch::Launch;
 use crate::router::KvBlocks;
 use crate::{BLOCK_TOKENS, CpuRouter, CpuWeights, PackedMatrix, Pool, likeliest};
@@ -142,7 +142,7 @@ pub(super) fn emulated(spec: &ModelSpec, scale: impl Fn(RouterMatrix) -> f32) ->
         budget.lanes.iter().for_each(|lane| emulator.write(lane + part, &vec![0xff; 400 * width * 4]));
     }
     let staging = std::array::from_fn(|_| vec![0; workspace.in_bytes]);
-    let graphs = Graphs::new(graphs::MOST);
+    let graphs = Graphs::of(&KernelSettings::default());
     let machine = Emulated { emulator, graphs, staging, results: Vec::new() };
     let mut router = CudaRouter::on(Box::new(machine), spec, shapes, budget, "emulated".into());
     for (matrix, values) in RouterMatrix::all(spec).zip(matrices(spec, scale)) {
