@@ -5,10 +5,10 @@ use std::fmt;
 use std::sync::Arc;
 
 use super::budget::{Budget, Shapes};
-use super::launches::{KERNELS, most_shared};
+use super::launches::{KERNELS, most_shared, threads};
 use crate::cuda::error::DeviceError;
 use crate::cuda::gpu::{Gpu, Kernel, Memory, Module, Pinned, Stream};
-use crate::cuda::kernels::{self, KernelSettings, THREADS};
+use crate::cuda::kernels::{self, KernelSettings};
 use crate::cuda::launch::Launch;
 use crate::router::LANES;
 
@@ -64,7 +64,8 @@ impl Card {
         budget: &Budget,
     ) -> Result<Self, DeviceError> {
         let module = kernels::load(gpu, settings)?;
-        let kernel = |name: &'static str| Ok((name, module.kernel(name, THREADS as u32, most_shared(name, shapes))?));
+        let kernel =
+            |name: &'static str| Ok((name, module.kernel(name, threads(name) as u32, most_shared(name, shapes))?));
         let kernels = KERNELS.into_iter().map(kernel).collect::<Result<_, DeviceError>>()?;
         let queue = || {
             Ok(Queue {
