@@ -157,7 +157,7 @@ mod tests {
         let emulator = RefCell::new(Emulator::new(1 << 20));
         proptest!(ProptestConfig::with_cases(160), |(rows in rows(5000, 4))| {
             for ((logits, draw), got) in rows.iter().zip(drawn(&mut emulator.borrow_mut(), &rows)) {
-                prop_assert_eq!(bits(&got), bits(&sample(&mut logits.clone(), draw)), "{:?}", draw);
+                prop_assert_eq!(bits(got.as_ref()), bits(sample(&mut logits.clone(), draw).as_ref()), "{:?}", draw);
             }
         });
     }
