@@ -29,6 +29,7 @@ mod pages;
 mod pool;
 mod quant;
 mod router;
+mod sampling;
 mod wide;
 
 pub use attention::{AttentionShape, BLOCK_TOKENS, KvLayer, Queries, attend};
@@ -45,5 +46,6 @@ pub use packed::{PackedMatrix, Packer, ShapeMismatch};
 pub use pool::Pool;
 pub use router::{
     CpuRouter, CpuWeights, GpuGauge, KvBlocks, LANES, RouterBackend, RouterDevice, RouterLimits, RouterMatrix,
-    RouterVector, argmax, kv_block_bytes, likeliest, open_router,
+    RouterVector, kv_block_bytes, open_router,
 };
+pub use sampling::{Draw, Drawn, Report, TokenSet, sample};

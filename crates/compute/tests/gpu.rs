@@ -4,9 +4,9 @@ use std::path::PathBuf;
 
 use half::bf16;
 use sirocco_compute::{
-    BLOCK_TOKENS, Batch, CpuBackend, CpuRouter, CpuWeights, CudaBackend, CudaRouter, DeviceError, ExpertBackend,
+    BLOCK_TOKENS, Batch, CpuBackend, CpuRouter, CpuWeights, CudaBackend, CudaRouter, DeviceError, Draw, ExpertBackend,
     ExpertMatrix, ExpertWeights, KernelSettings, KvBlocks, PackedMatrix, Part, Pool, Queries, RouterBackend,
-    RouterLimits, RouterMatrix, RouterVector, likeliest,
+    RouterLimits, RouterMatrix, RouterVector, TokenSet, sample,
 };
 use sirocco_types::{Dtype, ExpertDtype, ModelSpec};
 
@@ -264,6 +264,22 @@ fn sequence(spec: &ModelSpec, len: usize, first_block: u32) -> Sequence {
     (tokens.collect(), (first_block..first_block + len.div_ceil(BLOCK_TOKENS) as u32).rev().collect())
 }
 
+/// Draws of several kinds.
+fn draw(row: u32) -> Draw {
+    let random = Draw { temperature: 0.8, uniform: u64::from(row) << 54, ..Draw::default() };
+    let mut even = TokenSet::none_of(500);
+    (0..500).step_by(2).for_each(|id| even.insert(id));
+    match row % 5 {
+        0 => Draw::default(),
+        1 => random,
+        2 => Draw { top_k: 40, top_p: 0.9, report: Some(5), ..random },
+        3 => {
+            Draw { repetition_penalty: 1.5, seen: Some(even), generated: vec![(3, 2)], presence_penalty: 1.0, ..random }
+        }
+        _ => Draw { min_p: 0.2, allowed: Some(even), bias: vec![(4, 9.0), (5, 90.0)], report: Some(20), ..random },
+    }
+}
+
 /// Takes parts of sequences, (sequence, start, length), through all layers, with experts that are a formula: what each token's experts
 /// were asked in the last layer, `[hidden]`, with its logits, `[vocab]`.
 fn forward(
@@ -291,7 +307,11 @@ fn forward(
     let rows: Vec<u32> = (0..tokens.len() as u32).collect();
     let logits = router.logits(lane, &rows).unwrap();
     let logits = logits.chunks_exact(spec.vocab_size);
-    assert_eq!(router.likeliest(lane, &rows).unwrap(), logits.clone().map(likeliest).collect::<Vec<_>>());
+    let draws: Vec<Draw> = rows.iter().map(|row| draw(*row)).collect();
+    let drawn = router.sample(lane, &rows, &draws.iter().collect::<Vec<_>>()).unwrap();
+    for ((logits, draw), drawn) in logits.clone().zip(&draws).zip(drawn) {
+        assert_eq!(drawn, sample(&mut logits.to_vec(), draw), "{draw:?}");
+    }
     assert_eq!(router.overflows(lane).unwrap(), vec![None; parts.len()]);
     normed.chunks_exact(spec.hidden_size).zip(logits).map(|(normed, logits)| [normed, logits].concat()).collect()
 }

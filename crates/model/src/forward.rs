@@ -9,8 +9,8 @@ use std::cell::RefCell;
 use std::time::{Duration, Instant};
 
 use sirocco_compute::{
-    CpuRouter, CpuWeights, DeviceError, LANES, Queries, RouterBackend, RouterDevice, RouterMatrix, RouterVector,
-    likeliest,
+    CpuRouter, CpuWeights, DeviceError, Draw, Drawn, LANES, Queries, RouterBackend, RouterDevice, RouterMatrix,
+    RouterVector,
 };
 use sirocco_types::{LayerId, ModelSpec, Routing};
 
@@ -34,32 +34,43 @@ pub struct SequenceChunk<'a> {
     pub start: usize,
     /// The chunk's tokens, at least one, each below `vocab_size`.
     pub tokens: &'a [u32],
-    /// After which of its tokens to compute logits.
-    pub logits: Logits,
+    /// After which of its tokens to compute logits, and what becomes of them.
+    pub logits: Logits<'a>,
     /// When its sequence's time is over; none: never. A step waits as long as its most patient chunk, whose batch may be another.
     pub until: Option<Instant>,
 }
 
-/// After which tokens of a chunk logits are computed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Logits {
+/// After which tokens of a chunk logits are computed, and what becomes of them.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Logits<'a> {
     /// After none.
     None,
-    /// After the last one, and only which token is the likeliest is told.
-    Likeliest,
-    /// After the last one.
+    /// After the last one. Only what is drawn from them leaves the device.
+    Drawn(&'a Draw),
+    /// After the last one, and they are told besides what is drawn from them.
+    DrawnAndTold(&'a Draw),
+    /// After the last one, and they are told.
     Last,
-    /// After each.
+    /// After each, and they are told.
     All,
+}
+
+impl<'a> Logits<'a> {
+    fn draw(self) -> Option<&'a Draw> {
+        match self {
+            Self::Drawn(draw) | Self::DrawnAndTold(draw) => Some(draw),
+            Self::None | Self::Last | Self::All => None,
+        }
+    }
 }
 
 /// What a step gives.
 #[derive(Clone, Debug)]
 pub struct StepOutput {
-    /// `[vocab_size]` for each token whose logits are wanted, in order.
+    /// `[vocab_size]` for each token whose logits are told, in order.
     pub logits: Vec<Vec<f32>>,
-    /// For each chunk of [`Logits::Likeliest`], in order, the likeliest next token; none where logits are not all finite.
-    pub likeliest: Vec<Option<u32>>,
+    /// For each chunk that is drawn for, in order, what [`sample`](sirocco_compute::sample) draws.
+    pub drawn: Vec<Option<Drawn>>,
     /// For each layer, the experts of every token of the step, chunk after chunk.
     pub routing: Vec<Routing>,
     /// For each chunk the layer in which it came to values that are not finite, if it did; its logits say nothing then.
@@ -73,7 +84,7 @@ pub struct StepOutput {
 pub struct StepTimes {
     /// Embedding, attention and gates of all layers.
     pub attention: Duration,
-    /// The output projection.
+    /// The output projection, and drawing from what it gives.
     pub logits: Duration,
 }
 
@@ -160,7 +171,7 @@ impl Model {
         let began = Instant::now();
         let mut step = StepOutput {
             logits: Vec::new(),
-            likeliest: Vec::new(),
+            drawn: Vec::new(),
             routing: Vec::new(),
             overflows: Vec::new(),
             times: StepTimes::default(),
@@ -227,41 +238,34 @@ impl Batch<'_, '_> {
     }
 }
 
-/// Adds to `step` what comes after the tokens of the batch in `lane`. The output projection is read once for all of them: where some want
-/// logits, the likeliest tokens of the others are looked for here.
+/// Adds to `step` what comes after the tokens of the batch in `lane`.
 fn after(
     spec: &ModelSpec,
     router: &mut dyn RouterBackend,
     (lane, chunks): (usize, &[SequenceChunk<'_>]),
     step: &mut StepOutput,
 ) -> Result<(), DeviceError> {
-    let mut rows = Vec::new();
+    let (mut rows, mut draws, mut told) = (Vec::new(), Vec::new(), Vec::new());
     let mut end = 0;
     for chunk in chunks {
         let start = end;
         end += chunk.tokens.len() as u32;
-        rows.extend(match chunk.logits {
-            Logits::None => end..end,
-            Logits::Likeliest | Logits::Last => end - 1..end,
+        if let Some(draw) = chunk.logits.draw() {
+            rows.push(end - 1);
+            draws.push(draw);
+        }
+        told.extend(match chunk.logits {
+            Logits::None | Logits::Drawn(_) => end..end,
+            Logits::DrawnAndTold(_) | Logits::Last => end - 1..end,
             Logits::All => start..end,
         });
     }
-    if rows.is_empty() {
-        return Ok(());
+    if !rows.is_empty() {
+        step.drawn.extend(router.sample(lane, &rows, &draws)?);
     }
-    if !chunks.iter().any(|chunk| matches!(chunk.logits, Logits::Last | Logits::All)) {
-        step.likeliest.extend(router.likeliest(lane, &rows)?);
-        return Ok(());
-    }
-    let logits = router.logits(lane, &rows)?;
-    let mut logits = logits.chunks_exact(spec.vocab_size);
-    for chunk in chunks {
-        match chunk.logits {
-            Logits::None => {}
-            Logits::Likeliest => step.likeliest.extend(logits.next().map(likeliest)),
-            Logits::Last => step.logits.extend(logits.next().map(<[f32]>::to_vec)),
-            Logits::All => step.logits.extend(logits.by_ref().take(chunk.tokens.len()).map(<[f32]>::to_vec)),
-        }
+    if !told.is_empty() {
+        let logits = router.logits(lane, &told)?;
+        step.logits.extend(logits.chunks_exact(spec.vocab_size).map(<[f32]>::to_vec));
     }
     Ok(())
 }

@@ -12,6 +12,7 @@ use llguidance::api::TopLevelGrammar;
 use llguidance::toktrie::{ApproximateTokEnv, INVALID_TOKEN, SimpleVob, TokEnv, TokRxInfo, TokTrie};
 use llguidance::{Matcher, ParserFactory};
 use serde_json::{Value, json};
+use sirocco_compute::TokenSet;
 use sirocco_types::{Grammar, JsonSchema, ModelSpec, Otherwise, grammar_limits};
 
 use crate::calls;
@@ -39,10 +40,6 @@ pub struct Constraint {
     /// How many tokens came.
     tokens: usize,
 }
-
-/// The tokens that may come next.
-#[derive(Debug)]
-pub struct Mask(SimpleVob);
 
 /// A grammar that cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -152,8 +149,9 @@ impl Grammars {
 
 impl Constraint {
     /// What may come next, at least one token. An end-of-sequence token may only where the grammar may end.
-    pub fn mask(&mut self) -> Result<Mask, ConstraintError> {
-        self.matcher.compute_mask_or_eos().map(Mask).map_err(|_| self.failure())
+    pub fn mask(&mut self) -> Result<TokenSet, ConstraintError> {
+        let mask: SimpleVob = self.matcher.compute_mask_or_eos().map_err(|_| self.failure())?;
+        Ok(Vec::from(mask).into())
     }
 
     /// Takes in the next token.
@@ -181,22 +179,6 @@ impl Constraint {
         match self.matcher.stop_reason() {
             NoExtension | NoExtensionBias => ConstraintError::NoToken(self.tokens),
             _ => ConstraintError::TooComplex(self.tokens),
-        }
-    }
-}
-
-impl Mask {
-    /// Whether `id` may come next.
-    pub fn allows(&self, id: u32) -> bool {
-        self.0.get(id as usize)
-    }
-
-    /// Makes what may not come next impossible; `logits` are those of the whole vocabulary.
-    pub fn apply(&self, logits: &mut [f32]) {
-        for (id, logit) in logits.iter_mut().enumerate() {
-            if !self.0.get(id) {
-                *logit = f32::NEG_INFINITY;
-            }
         }
     }
 }

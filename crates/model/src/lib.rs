@@ -28,7 +28,7 @@ pub use config::read_spec;
 pub use detokenizer::Detokenizer;
 pub use experts::{Experts, ExpertsError, LocalExperts, combine};
 pub use forward::{Logits, Model, SequenceChunk, StepError, StepOutput, StepTimes};
-pub use grammar::{Constraint, ConstraintError, GrammarError, Grammars, Mask};
+pub use grammar::{Constraint, ConstraintError, GrammarError, Grammars};
 pub use quality::{QualityError, quality};
 pub use sampler::{SampleError, SampledToken, Sampler};
 pub use stop::StopMatcher;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 use serde_json::{Value, json};
-use sirocco_model::{Constraint, ConstraintError, Grammars, Marker, Sampler, Tokenizer};
+use sirocco_model::{Constraint, ConstraintError, Grammars, Marker, SampleError, SampledToken, Sampler, Tokenizer};
 use sirocco_types::{Calls, Grammar, JsonSchema, Otherwise, SamplingParams, Tool};
 
 use tokenizers::{byte_fallback, byte_level, spec, with_call_token};
@@ -31,7 +31,7 @@ fn start(grammar: &Grammar) -> (Tokenizer, Constraint) {
 /// The ids that may come next.
 fn allowed(constraint: &mut Constraint) -> Vec<u32> {
     let mask = constraint.mask().unwrap();
-    (0..spec().vocab_size as u32).filter(|id| mask.allows(*id)).collect()
+    (0..spec().vocab_size as u32).filter(|id| mask.contains(*id)).collect()
 }
 
 /// Logits that look random, and differ from place to place.
@@ -44,13 +44,18 @@ fn noise(seed: u64, index: u32) -> Vec<f32> {
     (0..spec().vocab_size as u64).map(mix).collect()
 }
 
+fn sample(sampler: &mut Sampler, index: u32, logits: &[f32]) -> Result<SampledToken, SampleError> {
+    let draw = sampler.prepare(index)?;
+    sampler.take(index, sirocco_compute::sample(&mut logits.to_vec(), &draw))
+}
+
 /// A random completion under `grammar`: its text, and whether it came to its end.
 fn drawn(tokenizer: &Tokenizer, constraint: Constraint, seed: u64, most: u32) -> (String, bool) {
     let params = SamplingParams { temperature: 2.0, seed, ..SamplingParams::default() };
     let mut sampler = Sampler::new(params, spec().vocab_size, &[1]).within(Some(constraint));
     let mut ids = Vec::new();
     for index in 0..most {
-        let token = sampler.sample(index, &noise(seed, index)).unwrap();
+        let token = sample(&mut sampler, index, &noise(seed, index)).unwrap();
         if token.id != EOS {
             ids.push(token.id);
         }
@@ -127,7 +132,7 @@ fn a_bias_cannot_undo_a_mask() {
         let mut sampler = Sampler::new(params, 4096, &[]).within(Some(constraint));
         let (mut ids, mut index) = (Vec::new(), 0);
         loop {
-            let token = sampler.sample(index, &noise(3, index)).unwrap();
+            let token = sample(&mut sampler, index, &noise(3, index)).unwrap();
             ids.push(token.id);
             index += 1;
             if sampler.is_finished() {
@@ -144,8 +149,8 @@ fn log_probabilities_are_those_without_the_constraint() {
     let (_, constraint) = start(&schema(&json!({"enum": ["yes"]})));
     let params = SamplingParams { logprobs: Some(5), seed: 3, ..SamplingParams::default() };
     let logits = noise(9, 0);
-    let free = Sampler::new(params.clone(), 4096, &[]).sample(0, &logits).unwrap();
-    let bound = Sampler::new(params, 4096, &[]).within(Some(constraint)).sample(0, &logits).unwrap();
+    let free = sample(&mut Sampler::new(params.clone(), 4096, &[]), 0, &logits).unwrap();
+    let bound = sample(&mut Sampler::new(params, 4096, &[]).within(Some(constraint)), 0, &logits).unwrap();
     assert_eq!(free.top_logprobs, bound.top_logprobs);
 }
 
@@ -180,7 +185,7 @@ fn clones_go_their_own_ways_and_do_not_feel_each_other() {
         .collect();
     for index in 0..200 {
         for (seed, (sampler, ids, ended)) in samplers.iter_mut().enumerate().filter(|(_, (_, _, ended))| !ended) {
-            let token = sampler.sample(index, &noise(seed as u64, index)).unwrap();
+            let token = sample(sampler, index, &noise(seed as u64, index)).unwrap();
             ids.push(token.id);
             *ended = sampler.is_finished();
         }
@@ -209,7 +214,7 @@ fn calls_are_the_documented_form_and_nothing_else() {
     let fits = |calls: &Calls, text: &str| {
         let mut constraint = grammars.compile(&Grammar::Calls(calls.clone())).unwrap();
         let ids = tokenizer.encode(text, false).unwrap();
-        constraint.take_in(&ids).is_ok() && constraint.mask().unwrap().allows(EOS)
+        constraint.take_in(&ids).is_ok() && constraint.mask().unwrap().contains(EOS)
     };
     let one = r#"[TOOL_CALLS] [{"name": "get_weather", "arguments": {"city": "Åre"}}]"#;
     let two = r#"[TOOL_CALLS] [{"name": "stop-it", "arguments": {}}, {"name": "get_weather", "arguments": {"city": "Rome"}}]"#;
@@ -337,7 +342,8 @@ fn hostile_grammars_are_refused_or_followed_in_bounded_time() {
         if let Ok(mut constraint) = grammars.compile(&grammar) {
             for index in 0..64 {
                 let Ok(mask) = constraint.mask() else { break };
-                let best = (0..4096).filter(|id| mask.allows(*id)).max_by_key(|id| (id * 7919 + index) % 4096).unwrap();
+                let best =
+                    (0..4096).filter(|id| mask.contains(*id)).max_by_key(|id| (id * 7919 + index) % 4096).unwrap();
                 if constraint.commit(best).is_err() || constraint.is_finished() {
                     break;
                 }

@@ -12,7 +12,7 @@ use futures::executor::block_on;
 use proptest::prelude::*;
 use safetensors::{SafeTensors, serialize_to_file};
 use serde_json::Value;
-use sirocco_compute::{BLOCK_TOKENS, Pool, RouterDevice, likeliest};
+use sirocco_compute::{BLOCK_TOKENS, Draw, Drawn, Pool, RouterDevice, sample};
 use sirocco_model::{Checkpoint, Experts, ExpertsError, LocalExperts, Logits, Model, SequenceChunk};
 use sirocco_types::{ExpertDtype, LayerId, Routing};
 
@@ -173,7 +173,7 @@ fn a_copied_block_goes_on_as_the_block_it_was_copied_from() {
 }
 
 #[test]
-fn the_likeliest_token_is_that_of_the_logits_whoever_else_asks_for_what() {
+fn what_is_drawn_is_drawn_from_the_logits_whoever_else_asks_for_what() {
     let Setup { model, experts } = &mut *take(&ONE_THREAD);
     let prompts: [&[u32]; 3] = [&[1, 2, 3], &[4, 5], &[6, 7, 8, 9]];
     let tables = [[0], [1], [2]];
@@ -188,15 +188,20 @@ fn the_likeliest_token_is_that_of_the_logits_whoever_else_asks_for_what() {
         let (first, second) = chunks.split_at(first);
         block_on(model.forward(&[first, second], experts)).unwrap()
     };
+    let (greedy, biased) = (Draw::default(), Draw { bias: vec![(7, 100.0)], report: Some(2), ..Draw::default() });
+    let random = Draw { temperature: 2.0, top_p: 0.9, uniform: 1 << 63, ..Draw::default() };
+    let draws = [&greedy, &biased, &random];
     let logits = forward([Logits::Last; 3], 3).logits;
-    let tokens: Vec<Option<u32>> = logits.iter().map(|logits| likeliest(logits)).collect();
+    let drawn: Vec<Option<Drawn>> =
+        logits.iter().zip(draws).map(|(logits, draw)| sample(&mut logits.clone(), draw)).collect();
+    assert_eq!(drawn[1].as_ref().unwrap().id, 7);
     for cut in 0..4 {
-        let plain = forward([Logits::Likeliest; 3], cut);
-        assert_eq!((plain.likeliest, plain.logits.len()), (tokens.clone(), 0));
-        let mixed = forward([Logits::Likeliest, Logits::Last, Logits::Likeliest], cut);
-        assert_eq!((mixed.likeliest, &mixed.logits[..]), (vec![tokens[0], tokens[2]], &logits[1..2]));
-        let mixed = forward([Logits::All, Logits::None, Logits::Likeliest], cut);
-        assert_eq!((mixed.likeliest, &mixed.logits[2..]), (vec![tokens[2]], &logits[..1]));
+        let plain = forward(draws.map(Logits::Drawn), cut);
+        assert_eq!((plain.drawn, plain.logits.len()), (drawn.clone(), 0));
+        let mixed = forward([Logits::Drawn(&greedy), Logits::DrawnAndTold(&biased), Logits::Drawn(&random)], cut);
+        assert_eq!((mixed.drawn, &mixed.logits[..]), (drawn.clone(), &logits[1..2]));
+        let mixed = forward([Logits::All, Logits::None, Logits::Drawn(&random)], cut);
+        assert_eq!((mixed.drawn, &mixed.logits[2..]), (drawn[2..].to_vec(), &logits[..1]));
     }
 }
 

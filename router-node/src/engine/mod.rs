@@ -29,7 +29,7 @@ use tokio_util::task::TaskTracker;
 use crate::deadline::{Deadline, Overdue};
 use crate::metrics::Metrics;
 use crate::scheduler::{Chunk, Counts, Flow, Limits, Scheduler, SequenceId, Step, Submission, TooLarge};
-use sequence::{Next, Sequence};
+use sequence::{Next, Sequence, Wanted};
 
 /// What the engine is made of.
 pub(crate) struct Parts<E> {
@@ -303,8 +303,15 @@ impl<E: Experts> EngineThread<E> {
             let sequence = self.sequences.get_mut(&chunk.id).expect("the scheduler runs only what was submitted");
             sequence.begin(now, self.scheduler.found(chunk.id), &self.metrics);
         }
-        match self.compute(step) {
-            Ok((output, wanted)) => {
+        // By chunk, of those that come to a token.
+        let wanted = step.chunks.iter().map(|chunk| {
+            let sequence = self.sequences.get_mut(&chunk.id).filter(|_| chunk.samples)?;
+            Some(sequence.wants())
+        });
+        let wanted: Vec<Option<Result<Wanted, GenerateError>>> = wanted.collect();
+        let prepared = now.elapsed();
+        match self.compute(step, &wanted) {
+            Ok(output) => {
                 for (chunk, layer) in step.chunks.iter().zip(&output.overflows) {
                     if let Some(layer) = layer {
                         // Before its blocks could be used by others.
@@ -315,37 +322,41 @@ impl<E: Experts> EngineThread<E> {
                 let (times, sampling) = (output.times, Instant::now());
                 self.commit(step.chunks.iter().zip(wanted), output);
                 let tokens = step.chunks.iter().map(|chunk| chunk.len).sum();
-                self.metrics.step(tokens, now.elapsed(), times, sampling.elapsed());
+                self.metrics.step(tokens, now.elapsed(), times, prepared + sampling.elapsed());
             }
             Err(error) => self.give_up(step, error),
         }
     }
 
-    /// Has the model compute a step. Returns with it what is wanted after each chunk.
-    fn compute(&mut self, step: &Step) -> Result<(StepOutput, Vec<Logits>), StepError> {
+    /// Has the model compute a step, and draw what is wanted after each chunk.
+    fn compute(
+        &mut self,
+        step: &Step,
+        wanted: &[Option<Result<Wanted, GenerateError>>],
+    ) -> Result<StepOutput, StepError> {
         for &(from, to) in &step.copies {
             self.model.copy_block(from, to)?;
         }
         let batch: Vec<SequenceChunk> = step
             .chunks
             .iter()
-            .map(|chunk| {
+            .zip(wanted)
+            .map(|(chunk, wanted)| {
                 let sequence = self.sequences.get(&chunk.id);
                 SequenceChunk {
                     blocks: self.scheduler.table(chunk.id),
                     start: chunk.start,
                     tokens: &self.scheduler.tokens(chunk.id)[chunk.start..chunk.start + chunk.len],
-                    logits: match sequence {
-                        Some(sequence) if chunk.samples => sequence.wants(),
-                        _ => Logits::None,
+                    logits: match wanted {
+                        Some(Ok(wanted)) => wanted.logits(),
+                        Some(Err(_)) | None => Logits::None,
                     },
                     until: sequence.map(|sequence| sequence.request.deadline.at),
                 }
             })
             .collect();
         let (first, second) = batch.split_at(overlap::cut(&step.chunks, self.model.spec(), self.overlap_rows));
-        let output = self.runtime.block_on(self.model.forward(&[first, second], &self.experts))?;
-        Ok((output, batch.iter().map(|chunk| chunk.logits).collect()))
+        self.runtime.block_on(self.model.forward(&[first, second], &self.experts))
     }
 
     /// Fails the sequences of a step that could not be computed.
@@ -369,17 +380,21 @@ impl<E: Experts> EngineThread<E> {
     }
 
     /// Takes a step's results into its sequences; `chunks` with what is wanted after each.
-    fn commit<'a>(&mut self, chunks: impl Iterator<Item = (&'a Chunk, Logits)>, output: StepOutput) {
-        let (mut logits, mut likeliest) = (output.logits.into_iter(), output.likeliest.into_iter());
+    fn commit<'a>(
+        &mut self,
+        chunks: impl Iterator<Item = (&'a Chunk, Option<Result<Wanted, GenerateError>>)>,
+        output: StepOutput,
+    ) {
+        let (mut logits, mut drawn) = (output.logits.into_iter(), output.drawn.into_iter());
         let mut row = 0;
         for (chunk, wanted) in chunks {
             let start = row;
             row += chunk.len;
-            let next = match wanted {
-                Logits::None | Logits::All => None,
-                Logits::Likeliest => likeliest.next().map(Next::Likeliest),
-                Logits::Last => logits.next().map(Next::Logits),
-            };
+            let next = wanted.map(|wanted| {
+                let wanted = wanted?;
+                let logits = if wanted.told { logits.next().unwrap_or_default() } else { Vec::new() };
+                Ok(Next { drawn: drawn.next().flatten(), logits })
+            });
             // What overflowed has failed.
             let Some(sequence) = self.sequences.get_mut(&chunk.id) else { continue };
             if sequence.request.trace.routing {
@@ -387,7 +402,7 @@ impl<E: Experts> EngineThread<E> {
             }
             let Some(next) = next else { continue };
             let eos = &self.model.spec().eos_token_ids;
-            match sequence.advance(next, &self.tokenizer, eos, &self.metrics) {
+            match next.and_then(|next| sequence.advance(next, &self.tokenizer, eos, &self.metrics)) {
                 Ok(Some(token)) => self.scheduler.grew(chunk.id, token),
                 Ok(None) => drop(self.remove(chunk.id)),
                 Err(error) => self.fail(chunk.id, error),

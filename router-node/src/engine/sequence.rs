@@ -1,7 +1,8 @@
-//! A request in the engine: draws its tokens, turns them into text, ends it, and tells its client. Never computes a step.
+//! A request in the engine: says how its tokens are drawn, turns them into text, ends it, and tells its client. Never computes a step.
 
 use std::time::Instant;
 
+use sirocco_compute::{Draw, Drawn};
 use sirocco_model::{Detokenizer, Logits, SampleError, Sampler, StopMatcher, Tokenizer};
 use sirocco_proto::inference::{Event, Finished, Token};
 use sirocco_types::{FinishReason, Routing, Timings, Usage};
@@ -80,27 +81,21 @@ impl Sequence {
     }
 
     /// What it needs of a step to go on.
-    pub(super) fn wants(&self) -> Logits {
-        if self.sampler.takes_likeliest() && !self.request.trace.logits { Logits::Likeliest } else { Logits::Last }
+    pub(super) fn wants(&mut self) -> Result<Wanted, GenerateError> {
+        let draw = self.sampler.prepare(self.generated).map_err(failure)?;
+        Ok(Wanted { draw, told: self.request.trace.logits })
     }
 
-    /// Takes the next token, which `next` decides, and tells the client. Returns the token if the sequence goes on.
+    /// Takes the next token, which was drawn from `logits`, and tells the client. Returns the token if the sequence goes on.
     pub(super) fn advance(
         &mut self,
-        next: Next,
+        Next { drawn, logits }: Next,
         tokenizer: &Tokenizer,
         eos: &[u32],
         metrics: &Metrics,
     ) -> Result<Option<u32>, GenerateError> {
         let index = self.generated;
-        let sampled = match &next {
-            Next::Likeliest(id) => self.sampler.take(index, *id),
-            Next::Logits(logits) => self.sampler.sample(index, logits),
-        };
-        let sampled = sampled.map_err(|error| match error {
-            SampleError::NotFinite(_) => GenerateError::Internal(error.to_string()),
-            SampleError::Constraint(error) => error.into(),
-        })?;
+        let sampled = self.sampler.take(index, drawn).map_err(failure)?;
         self.time_token(metrics);
         let (text, end) = self.take_in(sampled.id, tokenizer, eos);
         let end = match end {
@@ -115,10 +110,7 @@ impl Sequence {
             text,
             logprob: sampled.logprob,
             top_logprobs: top.map(|(id, logprob)| (id, logprob, tokenizer.token_text(id))).collect(),
-            logits: match next {
-                Next::Logits(logits) if self.request.trace.logits => logits,
-                _ => Vec::new(),
-            },
+            logits,
             routing,
         }));
         match end {
@@ -208,12 +200,32 @@ impl Sequence {
     }
 }
 
+/// What a sequence needs of a step to go on.
+pub(super) struct Wanted {
+    draw: Draw,
+    /// Whether the client asks for the logits.
+    pub(super) told: bool,
+}
+
+impl Wanted {
+    pub(super) fn logits(&self) -> Logits<'_> {
+        if self.told { Logits::DrawnAndTold(&self.draw) } else { Logits::Drawn(&self.draw) }
+    }
+}
+
 /// What a step gives a sequence that goes on.
-pub(super) enum Next {
-    /// The likeliest token; none when the logits are not all finite.
-    Likeliest(Option<u32>),
-    /// `[vocab_size]`
-    Logits(Vec<f32>),
+pub(super) struct Next {
+    /// None when the logits are not all finite.
+    pub(super) drawn: Option<Drawn>,
+    /// `[vocab_size]` when they are told, else none.
+    pub(super) logits: Vec<f32>,
+}
+
+fn failure(error: SampleError) -> GenerateError {
+    match error {
+        SampleError::NotFinite(_) => GenerateError::Internal(error.to_string()),
+        SampleError::Constraint(error) => error.into(),
+    }
 }
 
 /// How a completion ends.

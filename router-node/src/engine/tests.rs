@@ -3,7 +3,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use serde_json::Value;
-use sirocco_compute::{GpuGauge, Pool, Queries, RouterBackend, RouterDevice};
+use sirocco_compute::{Draw, Drawn, GpuGauge, Pool, Queries, RouterBackend, RouterDevice};
 use sirocco_model::{Checkpoint, LocalExperts};
 use sirocco_proto::inference::{Finished, Token};
 use sirocco_types::{ExpertDtype, FinishReason, Routing};
@@ -371,7 +371,7 @@ fn a_request_that_overflows_fails_alone_and_names_its_layer() {
 }
 
 #[test]
-fn greedy_sequences_that_ask_for_nothing_else_get_the_tokens_that_logits_give() {
+fn greedy_sequences_get_the_tokens_that_logits_give_whether_they_are_told_or_not() {
     let setup = Setup::start(EngineLimits { step_tokens: 40, ..LIMITS }, PLENTY);
     let plain = |prompt: &Vec<u32>| Asked { trace: Trace::default(), ..Asked::greedy(prompt.clone()) };
     let goldens = goldens();
@@ -449,8 +449,8 @@ impl RouterBackend for Odd {
         self.router.logits(lane, rows)
     }
 
-    fn likeliest(&mut self, lane: usize, rows: &[u32]) -> Result<Vec<Option<u32>>, DeviceError> {
-        self.router.likeliest(lane, rows)
+    fn sample(&mut self, lane: usize, rows: &[u32], draws: &[&Draw]) -> Result<Vec<Option<Drawn>>, DeviceError> {
+        self.router.sample(lane, rows, draws)
     }
 }
 

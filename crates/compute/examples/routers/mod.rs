@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use sirocco_compute::{
-    BLOCK_TOKENS, CudaRouter, KernelSettings, KvBlocks, Queries, RouterBackend, RouterLimits, RouterMatrix,
+    BLOCK_TOKENS, CudaRouter, Draw, KernelSettings, KvBlocks, Queries, RouterBackend, RouterLimits, RouterMatrix,
     RouterVector,
 };
 use sirocco_types::{Dtype, ModelSpec};
@@ -13,6 +13,9 @@ use super::{Failure, ROUNDS, RUNS, print};
 
 /// Tokens of a prompt's last part.
 const PART: usize = 512;
+
+/// Rows that are drawn from at once.
+const DRAWN: usize = 64;
 
 /// Steps of which the best counts.
 const STEPS: usize = 20;
@@ -89,6 +92,8 @@ pub(super) fn measure(copy: f64, peak: f64) -> Result<(), Failure> {
         let last = queries(&blocks, 2048, sequences, 1);
         let combined = vec![0.0; sequences * spec.hidden_size];
         let rows: Vec<u32> = (0..sequences as u32).collect();
+        let greedy = Draw::default();
+        let draws = vec![&greedy; sequences];
         let mut normed = Vec::new();
         for (how, graphs) in [("decode step", true), ("decode step without graphs", false)] {
             router.use_graphs(graphs);
@@ -99,13 +104,34 @@ pub(super) fn measure(copy: f64, peak: f64) -> Result<(), Failure> {
                     router.attend(0, layer, &mut normed)?;
                     router.add_experts(0, layer, &combined)?;
                 }
-                router.likeliest(0, &rows)?;
+                router.sample(0, &rows, &draws)?;
                 Ok(since.elapsed())
             })?;
             let bytes = read + (2048 * sequences * spec.num_hidden_layers) as f64 * token_bytes;
             print(&format!("gpu router {how}, {name}"), bytes / seconds / 1e9, copy, "GB/s");
         }
     }
+    draw(&mut router, &spec, &blocks, copy)
+}
+
+/// Measures drawing from a prompt's last logits.
+fn draw(router: &mut CudaRouter, spec: &ModelSpec, blocks: &[u32], copy: f64) -> Result<(), Failure> {
+    let rows: Vec<u32> = (0..DRAWN as u32).collect();
+    router.begin(0, &rows, &queries(blocks, DRAWN, 1, DRAWN))?;
+    let combined = vec![0.0; DRAWN * spec.hidden_size];
+    let mut normed = Vec::new();
+    for layer in spec.layers() {
+        router.attend(0, layer, &mut normed)?;
+        router.add_experts(0, layer, &combined)?;
+    }
+    let draws =
+        (0..DRAWN).map(|row| Draw { temperature: 0.8, top_p: 0.9, uniform: (row as u64) << 58, ..Draw::default() });
+    let draws: Vec<Draw> = draws.collect();
+    let draws: Vec<&Draw> = draws.iter().collect();
+    router.sample(0, &rows, &draws)?;
+    let seconds = best(ROUNDS, || Ok(router.sample_time(&draws, RUNS)?))?;
+    let bytes = (DRAWN * spec.vocab_size * 4) as f64;
+    print("gpu sampling, 64 rows of 32000 at top_p 0.9", bytes / seconds / 1e9, copy, "GB/s");
     Ok(())
 }
 

@@ -22,11 +22,14 @@ pub(super) const SOURCE: &str = concat!(
     include_str!("kernels/ptx.cu"),
     include_str!("kernels/ffn.cu"),
     include_str!("kernels/router.cu"),
-    include_str!("kernels/attention.cu")
+    include_str!("kernels/attention.cu"),
+    include_str!("kernels/sampling.cu")
 );
 
 /// What the kernels' source says too.
 pub(super) const THREADS: usize = 256;
+/// Of a block that draws.
+pub(super) const DRAW_THREADS: usize = 1024;
 /// Tiles of outputs that a block of threads of the kernels for many rows computes.
 pub(super) const MANY_TILES: usize = 8;
 /// Rows that it has in shared memory.

@@ -46,7 +46,7 @@ impl From<Matrix> for Argument {
     }
 }
 
-/// A kernel, by blocks of [`THREADS`](super::kernels::THREADS) threads.
+/// A kernel, by blocks of as many threads as it is made for.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Launch {
     pub(super) kernel: &'static str,

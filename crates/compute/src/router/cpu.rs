@@ -3,11 +3,19 @@
 //! Each row of every matrix is one token and is computed alone, so a sequence's results do not depend on its batch mates or on how it
 //! was cut into batches. A lane keeps what its layers write from batch to batch.
 
+use std::sync::OnceLock;
+
 use sirocco_types::{LayerId, ModelSpec, Routing};
 
-use super::{GpuGauge, LANES, RouterBackend, attention_shape, likeliest, route};
+use super::{GpuGauge, LANES, RouterBackend, attention_shape, route};
 use crate::cuda::DeviceError;
-use crate::{BLOCK_TOKENS, KvLayer, PackedMatrix, Pool, Queries, Rotary, attend, cpu_description, matmul, rms_norm};
+use crate::{
+    BLOCK_TOKENS, Draw, Drawn, KvLayer, PackedMatrix, Pool, Queries, Rotary, attend, cpu_description, matmul, rms_norm,
+    sample,
+};
+
+/// What looking at a logit once takes, in multiply-adds.
+const DRAW_WORK: usize = 8;
 
 /// All but the experts of a model, on the CPU.
 #[derive(Debug)]
@@ -195,8 +203,15 @@ impl RouterBackend for CpuRouter {
         Ok(multiply(&normed, self.lm_head.as_ref().unwrap_or(&self.embedding), &self.pool))
     }
 
-    fn likeliest(&mut self, lane: usize, rows: &[u32]) -> Result<Vec<Option<u32>>, DeviceError> {
-        Ok(self.logits(lane, rows)?.chunks_exact(self.spec.vocab_size).map(likeliest).collect())
+    fn sample(&mut self, lane: usize, rows: &[u32], draws: &[&Draw]) -> Result<Vec<Option<Drawn>>, DeviceError> {
+        assert_eq!(rows.len(), draws.len(), "a draw for each row");
+        let mut logits = self.logits(lane, rows)?; // [rows, vocab]
+        let drawn: Vec<OnceLock<Option<Drawn>>> = rows.iter().map(|_| OnceLock::new()).collect();
+        let work = logits.len() * DRAW_WORK;
+        self.pool.for_each_row(&mut logits, self.spec.vocab_size, work, |row, logits| {
+            drawn[row].get_or_init(|| sample(logits, draws[row]));
+        });
+        Ok(drawn.into_iter().map(|drawn| drawn.into_inner().flatten()).collect())
     }
 }
 

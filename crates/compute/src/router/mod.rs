@@ -1,8 +1,8 @@
 //! What a router node computes of a model: all but the experts, with the KV cache, on the CPU or a GPU, behind one trait.
 //!
 //! A step's batch goes through a lane: [`RouterBackend::begin`] embeds its tokens, then layer by layer [`RouterBackend::attend`] gives what
-//! the experts are asked, and [`RouterBackend::add_experts`] takes their answer; at the end come logits. What is between two layers
-//! stays on the device. Which tokens make a batch, who holds which block and what experts answer is decided elsewhere.
+//! the experts are asked, and [`RouterBackend::add_experts`] takes their answer; at the end [`RouterBackend::sample`] draws tokens. What is
+//! between two layers stays on the device. Which tokens make a batch, who holds which block and what experts answer is decided elsewhere.
 
 mod cpu;
 mod gate;
@@ -14,7 +14,7 @@ use sirocco_types::{DeviceChoice, GpuReadings, LayerId, ModelSpec, Routing};
 
 use crate::backend::choose;
 use crate::cuda::{CudaRouter, DeviceError, KernelSettings};
-use crate::{AttentionShape, KvLayer, Pool, Queries};
+use crate::{AttentionShape, Draw, Drawn, KvLayer, Pool, Queries};
 
 pub use cpu::{CpuRouter, CpuWeights};
 pub(crate) use gate::route;
@@ -177,8 +177,9 @@ pub trait RouterBackend: Send + fmt::Debug {
     /// The logits after each of `rows`, places of tokens in the batch: `[rows, vocab_size]`.
     fn logits(&mut self, lane: usize, rows: &[u32]) -> Result<Vec<f32>, DeviceError>;
 
-    /// What [`likeliest`] says of the logits after each of `rows`.
-    fn likeliest(&mut self, lane: usize, rows: &[u32]) -> Result<Vec<Option<u32>>, DeviceError>;
+    /// What [`sample`](crate::sample) draws from the logits after each of `rows`, as `draws` say. Of equal
+    /// logits all devices draw the same, and no others leave the device.
+    fn sample(&mut self, lane: usize, rows: &[u32], draws: &[&Draw]) -> Result<Vec<Option<Drawn>>, DeviceError>;
 }
 
 /// What a router computes with, before it has weights.
@@ -215,17 +216,6 @@ pub fn open_router(
         None => RouterDevice::Cpu { pool, kv_blocks: limits.kv_blocks.on_cpu(spec) },
     };
     Ok((device, said))
-}
-
-/// The id of the highest of `logits`, in the order of [`f32::total_cmp`]; the lowest of equals.
-pub fn argmax(logits: &[f32]) -> u32 {
-    let better = |best: usize, id: usize| if logits[id].total_cmp(&logits[best]).is_gt() { id } else { best };
-    (1..logits.len()).fold(0, better) as u32
-}
-
-/// The token that a greedy sequence goes on with: [`argmax`], if all of `logits` are finite.
-pub fn likeliest(logits: &[f32]) -> Option<u32> {
-    logits.iter().all(|logit| logit.is_finite()).then(|| argmax(logits))
 }
 
 #[cfg(test)]
@@ -287,16 +277,5 @@ mod tests {
         assert_eq!(many.on_cpu(&spec()), (1 << 30) / (2 * 2 * 2 * 16 * 4 * 32));
         let large = ModelSpec { head_dim: 1 << 12, num_key_value_heads: 1 << 10, ..spec() };
         assert_eq!(many.on_cpu(&large), 1, "even when a block takes more");
-    }
-
-    #[test]
-    fn the_likeliest_is_the_highest_the_lowest_of_equals_and_none_beside_what_is_no_number() {
-        assert_eq!(likeliest(&[1.0, 3.0, 2.0, 3.0, -1.0]), Some(1));
-        assert_eq!(likeliest(&[-0.0, 0.0, 0.0]), Some(1));
-        assert_eq!(likeliest(&[-3.0]), Some(0));
-        for odd in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-            assert_eq!(likeliest(&[1.0, odd, 2.0]), None);
-        }
-        assert_eq!(argmax(&[f32::NEG_INFINITY, 1.0]), 1);
     }
 }

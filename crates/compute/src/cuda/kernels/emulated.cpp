@@ -49,6 +49,7 @@ struct Lane {
 struct Meeting { u32 arrived, generation; };
 
 static std::vector<Lane> lanes;
+static u32 threads; // of the block that runs
 static ucontext_t first;
 static jmp_buf scheduler;
 static Meeting warps[32], block;
@@ -87,10 +88,12 @@ static void resume(Lane& lane)
     swapcontext(&first, &lane.context);
 }
 
-static void run_block(u32 threads)
+static void run_block()
 {
-    lanes.resize(threads);
-    for (Lane& lane : lanes) {
+    if (lanes.size() < threads)
+        lanes.resize(threads);
+    for (u32 i = 0; i < threads; ++i) {
+        Lane& lane = lanes[i];
         lane.stack.resize(64 << 10);
         lane.started = lane.ended = false;
         getcontext(&lane.context);
@@ -110,7 +113,7 @@ static void run_block(u32 threads)
     }
 }
 
-static void __syncthreads() { meet(block, lanes.size()); }
+static void __syncthreads() { meet(block, threads); }
 static float __uint_as_float(u32 bits) { float f; memcpy(&f, &bits, 4); return f; }
 static u32 bits_of(float f) { u32 bits; memcpy(&bits, &f, 4); return bits; }
 static uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
@@ -119,6 +122,8 @@ static float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 static u32 __float_as_uint(float f) { return bits_of(f); }
 static u32 min(u32 a, u32 b) { return a < b ? a : b; }
 static void atomicMin(u32* at, u32 value) { *at = min(*at, value); }
+static u32 atomicAdd(u32* at, u32 value) { return std::exchange(*at, *at + value); }
+static u64 __umul64hi(u64 a, u64 b) { return (unsigned __int128)a * b >> 64; }
 template <typename T> static T __shfl_xor_sync(u32, T value, int mask)
 {
     static T values_of[2][32][32];
@@ -175,6 +180,7 @@ static void multiply_add(float (&sums)[4], uint4 a, uint2 b)
 #include "ffn.cu"
 #include "router.cu"
 #include "attention.cu"
+#include "sampling.cu"
 
 static void read_bytes(void* to, u64 len)
 {
@@ -222,8 +228,8 @@ static const std::map<std::string, Caller> kernels = {
     CALLER(gate_up_few_bf16), CALLER(gate_up_few_int8), CALLER(gate_up_few_int4), CALLER(gate_up_many_bf16),
     CALLER(gate_up_many_int8), CALLER(gate_up_many_int4), CALLER(linear_few_bf16), CALLER(linear_few_int8),
     CALLER(linear_few_int4), CALLER(linear_many_bf16), CALLER(linear_many_int8), CALLER(linear_many_int4), CALLER(embed),
-    CALLER(add_norm), CALLER(rotate), CALLER(choose), CALLER(likeliest), CALLER(copy_block), CALLER(attention_1),
-    CALLER(attention_2), CALLER(attention_4), CALLER(attention_8), CALLER(attention_many), CALLER(fold),
+    CALLER(add_norm), CALLER(rotate), CALLER(choose), CALLER(copy_block), CALLER(attention_1), CALLER(attention_2),
+    CALLER(attention_4), CALLER(attention_8), CALLER(attention_many), CALLER(fold), CALLER(sample),
 };
 
 // Grid's x and y, bytes of shared memory, length of the name, number of arguments, each u32; the name; the arguments.
@@ -239,12 +245,13 @@ static void launch()
     if (kernel == kernels.end())
         exit(3);
     body = kernel->second(arguments.data(), head[4]);
+    threads = name == "sample" ? DRAW_THREADS : THREADS;
     // Shared memory is not zero at first, nor what the last block of threads left there: NaN.
     dynamic.resize(head[2] / 16);
     for (blockIdx.y = 0; blockIdx.y < head[1]; ++blockIdx.y)
         for (blockIdx.x = 0; blockIdx.x < head[0]; ++blockIdx.x) {
             memset(dynamic.data(), 0xff, dynamic.size() * 16);
-            run_block(THREADS);
+            run_block();
         }
 }
 

@@ -1,5 +1,5 @@
 // What a router computes between its matrices, which are `linear` of ffn.cu: embedding, residual stream, RMSNorm, rotation, the writes
-// of the KV cache, the gate's choice, the likeliest token. Attention is in attention.cu.
+// of the KV cache, the gate's choice. Attention is in attention.cu, drawing in sampling.cu.
 //
 // Everything here is written out in single additions and fused multiply-adds, without a function whose rounding is a platform's own, so
 // that a CPU that runs it comes to the same bits. Sums of a row have an order that depends on its width alone: a thread
@@ -231,35 +231,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     if (lane == 0)
         for (u32 rank = 0; rank < top_k; ++rank)
             weights[(u64)token * top_k + rank] /= all;
-}
-
-// The largest of each row of `logits`, [rows, width], the first of equals; the largest number where they are not all finite. A block
-// for each row.
-extern "C" __global__ void __launch_bounds__(THREADS)
-    likeliest(const float* logits, u32 width, u32* out)
-{
-    __shared__ u64 bests[WARPS];
-    __shared__ u32 broken;
-    if (threadIdx.x == 0)
-        broken = 0;
-    __syncthreads();
-    const float* row = logits + (u64)blockIdx.x * width;
-    u64 best = 0;
-    for (u32 i = threadIdx.x; i < width; i += THREADS) {
-        if (!is_finite(row[i]))
-            broken = 1;
-        u64 own = candidate(row[i], i);
-        best = own > best ? own : best;
-    }
-    best = warp_max(best);
-    if (threadIdx.x % 32 == 0)
-        bests[threadIdx.x / 32] = best;
-    __syncthreads();
-    if (threadIdx.x != 0)
-        return;
-    for (int w = 1; w < WARPS; ++w)
-        best = bests[w] > best ? bests[w] : best;
-    out[blockIdx.x] = broken ? 0xffffffffu : 0xffffffffu - (u32)best;
 }
 
 // Copies a block of the KV cache, `size` times 16 bytes, in each layer; layers are `layer` times 16 bytes apart. Grid: (parts of a

@@ -4,6 +4,7 @@
 use sirocco_types::{LayerId, ModelSpec};
 
 use super::attention::{self, Heads};
+use super::draws::{self, DRAWN};
 use crate::cuda::error::DeviceError;
 use crate::cuda::layout::{Matrix, TILE, row_bytes};
 use crate::cuda::plan::{FEW_ROWS, ITEM, MANY_ROWS};
@@ -185,16 +186,16 @@ pub(super) struct Workspace {
     pub(super) logits: usize,
     /// Rows whose logits are computed at once.
     pub(super) logit_rows: usize,
-    /// `[tokens]` u32.
-    pub(super) likeliest: usize,
-    /// Of attention's chunks.
+    /// What was drawn, `[tokens]`, each of [`DRAWN`] bytes.
+    pub(super) drawn: usize,
+    /// Of attention's chunks; when all is attended, `[logit_rows, vocab]` f32.
     pub(super) records: usize,
     /// How many.
     pub(super) record_room: usize,
     /// What comes in with a batch.
     pub(super) step: usize,
     pub(super) step_bytes: usize,
-    /// What comes in with a wish for logits.
+    /// What comes in with a wish for logits or draws.
     pub(super) ask: usize,
     pub(super) ask_bytes: usize,
     pub(super) bytes: usize,
@@ -211,8 +212,9 @@ impl Workspace {
         let logit_rows = LOGIT_ROWS.min(tokens);
         let logits = logit_rows * shapes.vocab.outputs as usize * 4;
         let out_bytes = tokens * (hidden * 4 + top_k * 8);
-        let record_bytes = RECORD_BYTES.max(heads.tile_record_bytes(longest));
-        let (step_bytes, ask_bytes) = (step_bytes(shapes, tokens, sequences, longest), ask_bytes(tokens));
+        let record_bytes = RECORD_BYTES.max(heads.tile_record_bytes(longest)).max(logits);
+        let step_bytes = step_bytes(shapes, tokens, sequences, longest);
+        let ask_bytes = draws::ask_bytes(logit_rows, shapes.vocab.outputs as usize);
         let mut taken = Taken::default();
         let mut workspace = Self {
             tokens,
@@ -225,7 +227,7 @@ impl Workspace {
             out: taken.take(out_bytes),
             logits: taken.take(logits),
             logit_rows,
-            likeliest: taken.take(tokens * 4),
+            drawn: taken.take(tokens * DRAWN),
             records: taken.take(record_bytes),
             record_room: record_bytes / heads.record_bytes(),
             step: taken.take(step_bytes),
@@ -239,7 +241,7 @@ impl Workspace {
                 .max(tokens * hidden * 4)
                 .max(shapes.qkv.bf16_tile_bytes())
                 .max(shapes.o.bf16_tile_bytes()),
-            out_bytes: out_bytes.max(logits).max(sequences * 4),
+            out_bytes: out_bytes.max(logits).max(tokens * DRAWN).max(sequences * 4),
         };
         workspace.bytes = taken.0;
         workspace
@@ -267,11 +269,6 @@ fn step_bytes(shapes: &Shapes, tokens: usize, sequences: usize, longest: usize) 
         tokens.div_ceil(FEW_ROWS) * ITEM,
     ];
     parts.into_iter().map(|part| part.next_multiple_of(STEP_ALIGNED)).sum()
-}
-
-/// Most bytes that come in with a wish for logits: rows, and an item for as many as are computed at once.
-fn ask_bytes(rows: usize) -> usize {
-    (rows * 4).next_multiple_of(STEP_ALIGNED) + rows.div_ceil(LOGIT_ROWS) * ITEM.next_multiple_of(STEP_ALIGNED)
 }
 
 /// Where everything lies.

@@ -4,8 +4,9 @@ use sirocco_types::{ExpertDtype, LayerId};
 
 use super::attention::{Round, Section};
 use super::budget::{Budget, Shapes};
+use super::draws::{Ask, DRAWN};
 use super::step::{Items, Step};
-use crate::cuda::kernels::{MANY_TILES, THREADS, shared_bytes};
+use crate::cuda::kernels::{DRAW_THREADS, MANY_TILES, THREADS, shared_bytes};
 use crate::cuda::launch::{Argument, Launch, Operands};
 use crate::cuda::layout::{BLOCK, Matrix};
 use crate::cuda::plan::ITEM;
@@ -19,7 +20,6 @@ pub(in crate::cuda) const KERNELS: [&str; 14] = [
     "add_norm",
     "rotate",
     "choose",
-    "likeliest",
     "copy_block",
     "attention_1",
     "attention_2",
@@ -27,6 +27,7 @@ pub(in crate::cuda) const KERNELS: [&str; 14] = [
     "attention_8",
     "attention_many",
     "fold",
+    "sample",
 ];
 
 /// Makes the launches of one lane.
@@ -190,20 +191,26 @@ impl Launches<'_> {
         )
     }
 
-    /// The logits after the rows that `row_of` leads to.
-    pub(super) fn logits(&self, items: &Items, row_of: u64) -> Vec<Launch> {
+    /// The logits after the rows that are asked for.
+    pub(super) fn logits(&self, ask: &Ask) -> Vec<Launch> {
         let (workspace, matrix) = (&self.budget.workspace, self.shapes.vocab);
         let base = self.base + self.budget.weights.lm_head as u64;
         let (from, to) = (self.at(workspace.x), self.at(workspace.logits));
-        linear(items, &Operands { items: 0, base, from, row_of, to, matrix, width: matrix.outputs })
+        linear(&ask.items, &Operands { items: 0, base, from, row_of: ask.at, to, matrix, width: matrix.outputs })
     }
 
-    /// The likeliest token of each of so many logits, to the places from `first` on.
-    pub(super) fn likeliest(&self, rows: usize, first: usize) -> Launch {
+    /// What is drawn from these logits, to the places from `first` on.
+    pub(super) fn sample(&self, ask: &Ask, first: usize) -> Launch {
         let workspace = &self.budget.workspace;
-        let to = self.at(workspace.likeliest) + first as u64 * 4;
-        let arguments = [self.at(workspace.logits).into(), self.shapes.vocab.outputs.into(), to.into()];
-        launch("likeliest", (rows, 1), 0, arguments)
+        let arguments = [
+            self.at(workspace.logits).into(),
+            self.shapes.vocab.outputs.into(),
+            ask.draws.into(),
+            // What attention left there is used up.
+            self.at(workspace.records).into(),
+            (self.at(workspace.drawn) + (first * DRAWN) as u64).into(),
+        ];
+        launch("sample", (ask.rows, 1), 0, arguments)
     }
 
     pub(super) fn copy_block(&self, from: u32, to: u32) -> Launch {
@@ -243,6 +250,11 @@ fn linear(items: &Items, operands: &Operands) -> Vec<Launch> {
         launch(kernel, (count, grid_y), shared, operands.arguments())
     })
     .collect()
+}
+
+/// Threads of a block of a kernel.
+pub(super) fn threads(kernel: &str) -> usize {
+    if kernel == "sample" { DRAW_THREADS } else { THREADS }
 }
 
 /// Most shared memory that a launch of a kernel asks for, bytes.

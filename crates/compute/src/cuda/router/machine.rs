@@ -5,11 +5,11 @@ use std::fmt;
 use std::sync::Arc;
 
 use super::budget::{Budget, Shapes};
-use super::launches::{KERNELS, most_shared};
+use super::launches::{KERNELS, most_shared, threads};
 use crate::cuda::error::DeviceError;
 use crate::cuda::gpu::{Gpu, Graph, Kernel, Memory, Module, Pinned, Stream};
 use crate::cuda::graphs::Graphs;
-use crate::cuda::kernels::{self, KernelSettings, THREADS};
+use crate::cuda::kernels::{self, KernelSettings};
 use crate::cuda::launch::Launch;
 use crate::router::LANES;
 
@@ -75,7 +75,8 @@ impl Card {
         budget: &Budget,
     ) -> Result<Self, DeviceError> {
         let module = kernels::load(gpu, settings)?;
-        let kernel = |name: &'static str| Ok((name, module.kernel(name, THREADS as u32, most_shared(name, shapes))?));
+        let kernel =
+            |name: &'static str| Ok((name, module.kernel(name, threads(name) as u32, most_shared(name, shapes))?));
         let kernels = KERNELS.into_iter().map(kernel).collect::<Result<_, DeviceError>>()?;
         let queue = || {
             Ok(Queue {

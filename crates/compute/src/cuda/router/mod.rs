@@ -2,6 +2,7 @@
 //!
 //! - `budget`: where weights, cache and workspace lie in one piece of memory, taken at the start; refuses what does not fit.
 //! - `step`: what comes in with a batch, in one copy; `attention` cuts its attention up.
+//! - `draws`: what comes in with a wish for logits or draws, and what was drawn.
 //! - `launches`: what is computed in which order, as data; `machine` does it, a GPU's streams or in tests the emulator.
 //!
 //! A layer crosses to the host once, with what the experts are asked, and back once, with what they made: pinned memory on both
@@ -11,6 +12,7 @@
 
 mod attention;
 mod budget;
+mod draws;
 mod launches;
 mod machine;
 #[cfg(test)]
@@ -28,16 +30,18 @@ use super::backend::RESERVE;
 use super::error::DeviceError;
 use super::gpu::Gpu;
 use super::kernels::KernelSettings;
+use super::launch::Launch;
 use super::layout::{TILE, pack_bf16_tile};
 use super::nvml::Nvml;
 use crate::router::{GpuGauge, LANES, RouterBackend, RouterLimits, RouterMatrix, RouterVector};
-use crate::{Queries, Rotary};
+use crate::{Draw, Drawn, Queries, Rotary};
 use budget::{Budget, NoRoom, Shapes};
+use draws::{Ask, DRAWN};
 #[cfg(test)]
 pub(super) use launches::KERNELS;
 use launches::Launches;
 use machine::{Card, Machine};
-use step::{Ask, Step};
+use step::Step;
 
 /// All but the experts of a model, on a GPU.
 #[derive(Debug)]
@@ -128,11 +132,24 @@ impl CudaRouter {
         let tokens: usize = queries.iter().map(|queries| queries.len).sum();
         self.begin(0, &vec![0; tokens], queries)?;
         let launches = self.launches(0).attention(&self.lanes[0].step, LayerId(0));
-        let run = |machine: &mut dyn Machine| launches.iter().try_for_each(|launch| machine.launch(0, launch));
-        run(&mut *self.machine)?;
+        self.time(&launches, times)
+    }
+
+    /// For benchmarks: how long drawing from the logits takes that lane 0 came to last, from a row for each of `draws`, on average over
+    /// `times`. Penalties change them each time.
+    pub fn sample_time(&mut self, draws: &[&Draw], times: u32) -> Result<Duration, DeviceError> {
+        let ask = self.ask(0, &vec![0; draws.len()], draws)?;
+        assert_eq!(ask.rows, draws.len(), "they are drawn from at once");
+        let launch = self.launches(0).sample(&ask, 0);
+        self.time(&[launch], times)
+    }
+
+    /// How long launches of lane 0 take, on average over `times` after one more.
+    fn time(&mut self, launches: &[Launch], times: u32) -> Result<Duration, DeviceError> {
+        self.launch(0, launches)?;
         self.machine.wait(0)?;
         let since = Instant::now();
-        (0..times).try_for_each(|_| run(&mut *self.machine))?;
+        (0..times).try_for_each(|_| self.launch(0, launches))?;
         self.machine.wait(0)?;
         Ok(since.elapsed() / times)
     }
@@ -157,7 +174,7 @@ impl CudaRouter {
         Launches { shapes, budget, base, lane, epsilon: self.spec.rms_norm_eps }
     }
 
-    fn launch(&mut self, lane: usize, launches: &[super::launch::Launch]) -> Result<(), DeviceError> {
+    fn launch(&mut self, lane: usize, launches: &[Launch]) -> Result<(), DeviceError> {
         self.machine.launch_all(lane, launches)
     }
 
@@ -180,15 +197,17 @@ impl CudaRouter {
         self.budget.lanes[lane] + part
     }
 
-    /// Queues what comes in with a wish for logits.
-    fn ask(&mut self, lane: usize, rows: &[u32]) -> Result<Ask, DeviceError> {
+    /// Queues what comes in with a wish for the logits after the first of `rows`, and for what is drawn from them when there are `draws`;
+    /// as many as there is room for at once.
+    fn ask(&mut self, lane: usize, rows: &[u32], draws: &[&Draw]) -> Result<Ask, DeviceError> {
         assert_eq!(self.lanes[lane].done, self.shapes.layers, "logits come after all layers");
-        assert!(rows.len() <= self.budget.workspace.tokens, "a wish is as large as a batch at most");
         let to = self.place(lane, self.budget.workspace.ask);
         let address = self.machine.base() + to as u64;
         let staging = self.machine.staging(lane)?;
         let workspace = &self.budget.workspace;
-        let (ask, bytes) = Ask::write(rows, workspace.logit_rows, &mut staging[..workspace.ask_bytes], address);
+        let rows = &rows[..rows.len().min(workspace.logit_rows)];
+        let staging = &mut staging[..workspace.ask_bytes];
+        let (ask, bytes) = Ask::write(rows, draws, self.spec.vocab_size, staging, address);
         self.machine.copy_in(lane, to, bytes)?;
         Ok(ask)
     }
@@ -280,28 +299,33 @@ impl RouterBackend for CudaRouter {
     }
 
     fn logits(&mut self, lane: usize, rows: &[u32]) -> Result<Vec<f32>, DeviceError> {
-        let ask = self.ask(lane, rows)?;
         let width = self.shapes.vocab.outputs as usize;
         let from = self.place(lane, self.budget.workspace.logits);
         let mut logits = Vec::with_capacity(rows.len() * width);
-        for (part, items) in &ask.parts {
-            let launches = self.launches(lane).logits(items, ask.rows + part.start as u64 * 4);
+        while logits.len() < rows.len() * width {
+            let ask = self.ask(lane, &rows[logits.len() / width..], &[])?;
+            let launches = self.launches(lane).logits(&ask);
             self.launch(lane, &launches)?;
-            logits.extend(floats(self.machine.copy_out(lane, from, part.len() * width * 4)?));
+            logits.extend(floats(self.machine.copy_out(lane, from, ask.rows * width * 4)?));
         }
         Ok(logits)
     }
 
-    fn likeliest(&mut self, lane: usize, rows: &[u32]) -> Result<Vec<Option<u32>>, DeviceError> {
-        let ask = self.ask(lane, rows)?;
-        for (part, items) in &ask.parts {
-            let mut launches = self.launches(lane).logits(items, ask.rows + part.start as u64 * 4);
-            launches.push(self.launches(lane).likeliest(part.len(), part.start));
+    fn sample(&mut self, lane: usize, rows: &[u32], draws: &[&Draw]) -> Result<Vec<Option<Drawn>>, DeviceError> {
+        assert_eq!(rows.len(), draws.len(), "a draw for each row");
+        assert!(rows.len() <= self.budget.workspace.tokens, "no more rows than a batch has");
+        let mut first = 0;
+        while first < rows.len() {
+            let ask = self.ask(lane, &rows[first..], &draws[first..])?;
+            let mut launches = self.launches(lane).logits(&ask);
+            launches.push(self.launches(lane).sample(&ask, first));
             self.launch(lane, &launches)?;
+            first += ask.rows;
         }
-        let from = self.place(lane, self.budget.workspace.likeliest);
-        let tokens = self.machine.copy_out(lane, from, rows.len() * 4)?.as_chunks::<4>().0.iter();
-        Ok(tokens.map(|token| Some(u32::from_le_bytes(*token)).filter(|token| *token != u32::MAX)).collect())
+        let from = self.place(lane, self.budget.workspace.drawn);
+        let drawn = self.machine.copy_out(lane, from, rows.len() * DRAWN)?;
+        let vocab = self.spec.vocab_size;
+        Ok(drawn.as_chunks().0.iter().zip(draws).map(|(bytes, draw)| draws::read(bytes, draw, vocab)).collect())
     }
 }
 

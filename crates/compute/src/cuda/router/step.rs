@@ -6,9 +6,9 @@ use crate::cuda::plan::{FEW_ROWS, MANY_ROWS, item};
 use crate::{BLOCK_TOKENS, Queries, Rotary};
 
 /// Writes parts one after the other.
-struct Writer<'a> {
-    bytes: &'a mut [u8],
-    at: usize,
+pub(super) struct Writer<'a> {
+    pub(super) bytes: &'a mut [u8],
+    pub(super) at: usize,
 }
 
 impl Writer<'_> {
@@ -23,7 +23,7 @@ impl Writer<'_> {
         start as u64
     }
 
-    fn words(&mut self, words: impl IntoIterator<Item = u32>) -> u64 {
+    pub(super) fn words(&mut self, words: impl IntoIterator<Item = u32>) -> u64 {
         self.push(words.into_iter().map(u32::to_le_bytes))
     }
 }
@@ -38,7 +38,7 @@ pub(super) struct Items {
 
 impl Items {
     /// Those of `rows` slots, up to `most` in each, written.
-    fn write(rows: usize, most: usize, writer: &mut Writer) -> Self {
+    pub(super) fn write(rows: usize, most: usize, writer: &mut Writer) -> Self {
         let all = (0..rows).step_by(most).map(|first| (first, most.min(rows - first)));
         let (few, many): (Vec<_>, Vec<_>) = all.partition(|(_, rows)| *rows <= FEW_ROWS);
         // Weights are at the launch's base.
@@ -124,29 +124,5 @@ impl Step {
             *place += address;
         }
         (step, writer.at)
-    }
-}
-
-/// A wish for the logits after some rows of a batch.
-#[derive(Clone, Debug)]
-pub(super) struct Ask {
-    /// Which rows, u32, on the device.
-    pub(super) rows: u64,
-    /// For each so many rows, one after the other, their items.
-    pub(super) parts: Vec<(std::ops::Range<usize>, Items)>,
-}
-
-impl Ask {
-    /// Writes a wish to `bytes`, which will lie at `address`, in parts of `most` rows; with it comes how many bytes it takes.
-    pub(super) fn write(rows: &[u32], most: usize, bytes: &mut [u8], address: u64) -> (Self, usize) {
-        let mut writer = Writer { bytes, at: 0 };
-        let at = address + writer.words(rows.iter().copied());
-        let parts = (0..rows.len()).step_by(most).map(|first| first..rows.len().min(first + most));
-        let parts = parts.map(|rows| {
-            let items = Items::write(rows.len(), MANY_ROWS, &mut writer);
-            (rows, Items { at: address + items.at, ..items })
-        });
-        let parts = parts.collect();
-        (Self { rows: at, parts }, writer.at)
     }
 }

@@ -10,7 +10,7 @@ use crate::cuda::emulator::{BASE, Emulator};
 use crate::cuda::graphs::{Graphs, Turn};
 use crate::cuda::launch::Launch;
 use crate::router::KvBlocks;
-use crate::{BLOCK_TOKENS, CpuRouter, CpuWeights, PackedMatrix, Pool, likeliest};
+use crate::{BLOCK_TOKENS, CpuRouter, CpuWeights, Draw, PackedMatrix, Pool, TokenSet, sample};
 
 /// Blocks of the caches.
 const BLOCKS: usize = 48;
@@ -124,7 +124,9 @@ pub(super) fn emulated(spec: &ModelSpec, scale: impl Fn(RouterMatrix) -> f32) ->
     let shapes = Shapes::new(spec);
     let limits = RouterLimits { step_tokens: 400, step_sequences: 8, kv_blocks: KvBlocks::Exactly(BLOCKS) };
     let mut budget = Budget::new(&shapes, spec, limits, usize::MAX).unwrap();
-    // So few records that a prompt's attention is computed in several rounds.
+    // So little room that rows are drawn from in several parts, and so few records that a prompt's attention is computed in several
+    // rounds.
+    budget.workspace.ask_bytes -= draws::DRAWS_BYTES - draws::most_of_a_row(spec.vocab_size);
     budget.workspace.record_room = shapes.heads.tile_record_bytes(1024) / shapes.heads.record_bytes();
     let mut emulator = Emulator::new(budget.bytes);
     if spec.head_dim.is_multiple_of(4) {
@@ -222,11 +224,14 @@ pub(super) fn forward(
     }
     let rows: Vec<u32> = (0..tokens.len() as u32).collect();
     let logits = router.logits(lane, &rows).unwrap();
-    let best = router.likeliest(lane, &rows).unwrap();
-    for ((outcome, logits), best) in all.iter_mut().zip(logits.chunks_exact(spec.vocab_size)).zip(best) {
-        assert_eq!(best, likeliest(logits));
-        outcome.logits.push(logits.to_vec());
+    let few: Vec<u32> = rows.iter().copied().step_by(7).collect();
+    let draws: Vec<Draw> = few.iter().map(|row| draw(spec.vocab_size, *row)).collect();
+    let drawn = router.sample(lane, &few, &draws.iter().collect::<Vec<_>>()).unwrap();
+    let logits: Vec<&[f32]> = logits.chunks_exact(spec.vocab_size).collect();
+    for ((row, draw), drawn) in few.iter().zip(&draws).zip(drawn) {
+        assert_eq!(drawn, sample(&mut logits[*row as usize].to_vec(), draw));
     }
+    all.iter_mut().zip(logits).for_each(|(outcome, logits)| outcome.logits.push(logits.to_vec()));
     let overflows = router.overflows(lane).unwrap();
     let mut all = all.into_iter();
     let mut outcomes = Vec::new();
@@ -236,6 +241,21 @@ pub(super) fn forward(
         }
     }
     outcomes
+}
+
+/// Draws of several kinds.
+fn draw(vocab: usize, row: u32) -> Draw {
+    let random = Draw { temperature: 0.5, top_k: 50, uniform: u64::from(row) << 56, ..Draw::default() };
+    let mut odd = TokenSet::none_of(vocab);
+    (1..vocab as u32).step_by(2).for_each(|id| odd.insert(id));
+    match row % 4 {
+        0 => Draw::default(),
+        1 => Draw { top_p: 0.7, report: Some(5), ..random },
+        2 => {
+            Draw { repetition_penalty: 1.5, seen: Some(odd), generated: vec![(3, 2)], presence_penalty: 1.0, ..random }
+        }
+        _ => Draw { min_p: 0.2, allowed: Some(odd), bias: vec![(4, 90.0), (5, 1.0)], report: Some(20), ..random },
+    }
 }
 
 pub(super) const NOTHING: &dyn Fn(usize, &mut [f32]) = &|_, _| ();
@@ -351,7 +371,7 @@ fn what_is_not_finite_is_named_by_its_layer_and_changes_no_bit_of_its_batch_mate
 }
 
 #[test]
-fn equal_experts_are_chosen_from_the_lowest_on_and_what_is_no_number_is_likeliest_to_nobody() {
+fn equal_experts_are_chosen_from_the_lowest_on_and_what_is_no_number_is_drawn_by_nobody() {
     let spec = spec();
     let same = |matrix| if matches!(matrix, RouterMatrix::Gate(_)) { 0.0 } else { 1.0 };
     let a = sequence(&spec, 5, 1, 0);
