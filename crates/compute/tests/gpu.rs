@@ -190,7 +190,7 @@ fn a_gpu_says_what_it_is_and_how_it_fares() {
     assert!((1.0..150.0).contains(&readings.temperature_celsius), "{readings:?}");
 }
 
-/// A small model whose widths fill no block, with four query heads to a KV head.
+/// A small model whose widths fill no block, with four query heads to a KV head, and more tokens than a block of threads has threads.
 fn spec() -> ModelSpec {
     ModelSpec {
         model_type: "mixtral".into(),
@@ -202,7 +202,7 @@ fn spec() -> ModelSpec {
         num_attention_heads: 8,
         num_key_value_heads: 2,
         head_dim: 64,
-        vocab_size: 1000,
+        vocab_size: 5003,
         max_position_embeddings: 4096,
         sliding_window: Some(1500),
         rms_norm_eps: 1e-5,

@@ -104,16 +104,6 @@ pub enum DeviceError {
         /// How many were asked for.
         bytes: usize,
     },
-    /// The driver makes no graphs of kernels, or has no memory for one more. Kernels can be launched one by one.
-    #[error("{device}: no graph of kernels: {call}: {problem}")]
-    NoGraphs {
-        /// As asked for.
-        device: String,
-        /// The call that failed.
-        call: &'static str,
-        /// What the driver says.
-        problem: String,
-    },
     /// The device is gone, or no call of this process succeeds any more. The process must end.
     #[error("{device} is lost: {call}: {problem}")]
     Lost {
@@ -168,15 +158,6 @@ pub(super) fn is_lost(code: u32) -> bool {
             && !HOST_MEMORY_REGISTRATION.contains(&code)
 }
 
-/// Whether `code`, of a call that makes a graph, says that the driver makes none or has no memory for it, and not that something is
-/// wrong.
-pub(super) fn refuses_graphs(code: u32) -> bool {
-    const OUT_OF_MEMORY: u32 = 2;
-    const NOT_PERMITTED: u32 = 800;
-    const NOT_SUPPORTED: u32 = 801;
-    matches!(code, OUT_OF_MEMORY | NOT_PERMITTED | NOT_SUPPORTED)
-}
-
 #[cfg(test)]
 mod tests {
     use cudarc::driver::sys::CUresult::*;
@@ -207,16 +188,6 @@ mod tests {
             CUDA_ERROR_PEER_ACCESS_NOT_ENABLED,
         ] {
             assert!(!is_lost(one_call as u32), "{}", one_call as u32);
-        }
-    }
-
-    #[test]
-    fn a_driver_without_graphs_or_memory_for_one_refuses_them_and_what_is_wrong_is_an_error() {
-        for refusal in [CUDA_ERROR_OUT_OF_MEMORY, CUDA_ERROR_NOT_PERMITTED, CUDA_ERROR_NOT_SUPPORTED] {
-            assert!(refuses_graphs(refusal as u32) && !is_lost(refusal as u32), "{}", refusal as u32);
-        }
-        for wrong in [CUDA_ERROR_INVALID_VALUE, CUDA_ERROR_INVALID_HANDLE, CUDA_ERROR_ILLEGAL_ADDRESS] {
-            assert!(!refuses_graphs(wrong as u32), "{}", wrong as u32);
         }
     }
 }

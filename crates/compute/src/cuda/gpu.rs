@@ -11,7 +11,7 @@ use std::sync::Arc;
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::{self, CUdevice_attribute, CUfunction_attribute, CUresult};
 
-use super::error::{DeviceError, is_lost, refuses_graphs};
+use super::error::{DeviceError, is_lost};
 use super::launch::{Argument, Launch};
 
 /// The least CUDA version that the driver must support: 1000 times the major, 10 times the minor number.
@@ -367,7 +367,7 @@ impl Stream {
     /// them. Nodes are added one by one, not captured from the stream: no call of another thread can disturb that, and an error
     /// leaves nothing behind.
     ///
-    /// Errors: [`DeviceError::NoGraphs`] when the driver makes none or has no memory for it.
+    /// Errors also when the driver makes none or has no memory for it.
     ///
     /// # Safety
     /// Of each kernel what [`Stream::launch`] says, as long as the graph lives; the kernels stay loaded as long.
@@ -376,7 +376,7 @@ impl Stream {
         let mut template = Template(std::ptr::null_mut());
         // SAFETY: it writes one handle.
         let created = unsafe { sys::cuGraphCreate(&raw mut template.0, 0) }.result();
-        self.check_graph("cuGraphCreate", created)?;
+        self.gpu.check("cuGraphCreate", created)?;
         let mut node: sys::CUgraphNode = std::ptr::null_mut();
         for (kernel, Launch { grid, arguments, .. }) in calls {
             let before = node;
@@ -407,25 +407,16 @@ impl Stream {
                     &raw const parameters,
                 )
             };
-            self.check_graph("cuGraphAddKernelNode", added.result())?;
+            self.gpu.check("cuGraphAddKernelNode", added.result())?;
         }
         // SAFETY: the template was created; what is made of it does not need it any more.
         let graph = unsafe { result::graph::instantiate(template.0, sys::CUgraphInstantiate_flags(0)) };
-        let graph = self.check_graph("cuGraphInstantiate", graph)?;
+        let graph = self.gpu.check("cuGraphInstantiate", graph)?;
         let graph = Graph { gpu: Arc::clone(&self.gpu), graph };
         // So that a lack of memory comes to light before anything is run.
         // SAFETY: both were created and live.
-        self.check_graph("cuGraphUpload", unsafe { result::graph::upload(graph.graph, self.stream) })?;
+        self.gpu.check("cuGraphUpload", unsafe { result::graph::upload(graph.graph, self.stream) })?;
         Ok(graph)
-    }
-
-    /// Names the GPU and `call`, which makes a graph, when it failed.
-    fn check_graph<T>(&self, call: &'static str, result: Result<T, DriverError>) -> Result<T, DeviceError> {
-        let refused = matches!(&result, Err(error) if refuses_graphs(error.0 as u32));
-        self.gpu.check(call, result).map_err(|error| match error {
-            DeviceError::Call { device, call, problem } if refused => DeviceError::NoGraphs { device, call, problem },
-            error => error,
-        })
     }
 
     /// Queues the kernels of a graph that a stream of this GPU made.

@@ -83,7 +83,7 @@ impl<G> Graphs<G> {
 }
 
 impl Graphs<Graph> {
-    /// Queues `launches`, one after the other. Where the driver makes no graphs, says so, once, and launches one by one from then on.
+    /// Queues `launches`, one after the other. Where the driver makes no graph, says so, once, and launches one by one from then on.
     ///
     /// # Safety
     /// Of each launch what [`Stream::launch`] says. Kernels and memory are dropped after `self`.
@@ -102,11 +102,12 @@ impl Graphs<Graph> {
                 // SAFETY: as the caller promises.
                 match unsafe { stream.record(&calls) } {
                     Ok(graph) => return stream.launch_graph(self.keep(launches, graph)),
-                    Err(error @ DeviceError::NoGraphs { .. }) => {
-                        tracing::warn!(%error, "kernels are launched one by one from now on");
+                    Err(error @ DeviceError::Lost { .. }) => return Err(error),
+                    // None of it was launched.
+                    Err(error) => {
+                        tracing::warn!(%error, "no graph of kernels, which are launched one by one from now on");
                         self.set(false);
                     }
-                    Err(error) => return Err(error),
                 }
             }
         }

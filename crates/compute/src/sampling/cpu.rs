@@ -28,7 +28,8 @@ pub fn sample(logits: &mut [f32], draw: &Draw) -> Option<Drawn> {
 /// Applies penalties and biases.
 fn change(logits: &mut [f32], draw: &Draw) {
     for id in draw.seen.iter().flat_map(TokenSet::ids) {
-        let logit = &mut logits[id as usize];
+        // The last word of a set may have bits for more tokens than there are.
+        let Some(logit) = logits.get_mut(id as usize) else { continue };
         *logit = if *logit > 0.0 { *logit / draw.repetition_penalty } else { *logit * draw.repetition_penalty };
     }
     for (id, count) in &draw.generated {

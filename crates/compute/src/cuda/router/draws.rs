@@ -24,7 +24,7 @@ const NONE: u32 = u32::MAX;
 pub(super) fn ask_bytes(rows: usize, vocab: usize) -> usize {
     (rows * 4).next_multiple_of(STEP_ALIGNED)
         + ITEM.next_multiple_of(STEP_ALIGNED)
-        + DRAWS_BYTES.max(most_of_a_row(vocab))
+        + DRAWS_BYTES.max(most_of_a_row(vocab).next_multiple_of(STEP_ALIGNED))
 }
 
 /// Most bytes that say how a row is drawn from: two sets and two lists of all tokens.
@@ -177,11 +177,16 @@ mod tests {
         let small = Draw::default();
         assert_eq!(words(&large, vocab) * 4, most_of_a_row(vocab));
         let cut = |draws: &[&Draw]| {
-            let mut bytes = vec![0; ask_bytes(draws.len(), vocab) - DRAWS_BYTES + most_of_a_row(vocab)];
+            let mut bytes = vec![
+                0;
+                ask_bytes(draws.len(), vocab) - DRAWS_BYTES
+                    + most_of_a_row(vocab).next_multiple_of(STEP_ALIGNED)
+            ];
             let rows: Vec<u32> = (0..draws.len() as u32).collect();
             let (mut first, mut parts) = (0, Vec::new());
             while first < rows.len() {
-                let (ask, _) = Ask::write(&rows[first..], &draws[first..], vocab, &mut bytes, 4096);
+                let (ask, taken) = Ask::write(&rows[first..], &draws[first..], vocab, &mut bytes, 4096);
+                assert!(taken <= bytes.len());
                 first += ask.rows;
                 parts.push(ask.rows);
             }
