@@ -11,9 +11,13 @@
 mod expert;
 mod kernel;
 mod matrix;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod rows;
 #[cfg(test)]
 mod tests;
+#[cfg(any(target_arch = "aarch64", target_arch = "x86_64"))]
+mod tiled;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 

@@ -17,7 +17,6 @@ pub(super) struct Block<'a> {
     /// Sums from one panel's to the next one's.
     pub(super) stride: usize,
     /// Whether no tile before this one has read the weights, so that they come from memory.
-    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "only the kernels for x86-64 fetch ahead"))]
     pub(super) first: bool,
 }
 
@@ -29,6 +28,10 @@ pub(super) type Kernel = fn(Block, &mut [Row]);
 pub(super) fn kernel(isa: Isa) -> Kernel {
     #[cfg(target_arch = "x86_64")]
     if let Some(kernel) = super::x86::kernel(isa) {
+        return kernel;
+    }
+    #[cfg(target_arch = "aarch64")]
+    if let Some(kernel) = super::neon::kernel(isa) {
         return kernel;
     }
     let _ = isa;

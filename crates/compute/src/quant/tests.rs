@@ -16,7 +16,9 @@ use crate::{Isa, Pool};
 fn kernels() -> Vec<Kernel> {
     #[cfg(target_arch = "x86_64")]
     return [super::x86::kernels(), vec![scalar]].concat();
-    #[cfg(not(target_arch = "x86_64"))]
+    #[cfg(target_arch = "aarch64")]
+    return [super::neon::kernels(), vec![scalar]].concat();
+    #[cfg(not(any(target_arch = "aarch64", target_arch = "x86_64")))]
     vec![scalar]
 }
 

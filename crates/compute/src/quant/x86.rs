@@ -16,16 +16,13 @@ use std::arch::x86_64::{
     _mm512_slli_epi32, _mm512_srli_epi16, _mm512_storeu_ps,
 };
 
-use super::GROUP;
 use super::kernel::{Block, Kernel};
 use super::matrix::{LANES, Line, QuantWidth};
 use super::rows::{Group, TILE};
+use super::tiled::{AHEAD, QUADS, Rows, lines, quad, tiled};
 use crate::Isa;
 use crate::matmul::Row;
 use crate::packed::PANEL;
-
-/// Quads of a group.
-const QUADS: usize = GROUP / 4;
 
 /// The fastest kernel for `isa`, which this machine must have.
 pub(super) fn kernel(isa: Isa) -> Option<Kernel> {
@@ -50,70 +47,15 @@ pub(super) fn kernels() -> Vec<Kernel> {
     all.into_iter().filter_map(|(found, kernel)| found.then_some(kernel)).collect()
 }
 
-/// Defines a kernel that hands a tile's rows to `$function`, of 8-bit weights up to `$most` at once.
-macro_rules! kernel {
-    ($name:ident, $function:ident, $most:literal: $($rows:literal)*) => {
-        fn $name(block: Block, sums: &mut [Row]) {
-            let groups = block.panels[0].len() / block.width.lines();
-            let all = block.x.len() / groups;
-            assert!(block.x.len() == all * groups && all <= block.stride, "shapes fit");
-            assert!(sums.len() >= (block.panels.len() - 1) * block.stride + all, "shapes fit");
-            assert!(block.panels.iter().all(|panel| panel.len() == groups * block.width.lines()), "shapes fit");
-            let most = if block.width == QuantWidth::Int8 { $most } else { TILE };
-            for first in (0..all).step_by(most) {
-                let rows = Rows { first, all, groups };
-                let fetch = block.first && first == 0;
-                // SAFETY: `kernel` hands this out only where its instructions are present; the lengths were just checked.
-                unsafe {
-                    match (block.width, most.min(all - first)) {
-                        $((QuantWidth::Int8, $rows) if fetch => $function::<$rows, false, true>(block, rows, sums),)*
-                        $((QuantWidth::Int4, $rows) if fetch => $function::<$rows, true, true>(block, rows, sums),)*
-                        $((QuantWidth::Int8, $rows) => $function::<$rows, false, false>(block, rows, sums),)*
-                        $((QuantWidth::Int4, $rows) => $function::<$rows, true, false>(block, rows, sums),)*
-                        (_, more) => unreachable!("{more} rows of a tile that has {TILE}"),
-                    }
-                }
-            }
-        }
-    };
-}
-
-kernel!(by_avx512_vnni, zmm, 8: 1 2 3 4 5 6 7 8);
-kernel!(by_avx_vnni, ymm_vnni, 8: 1 2 3 4 5 6 7 8);
-kernel!(by_avx2, ymm, 4: 1 2 3 4 5 6 7 8);
-
-/// Lines that are fetched ahead of those being read, of all panels together.
-const AHEAD: usize = 48;
+tiled!(by_avx512_vnni, zmm, 8: 1 2 3 4 5 6 7 8);
+tiled!(by_avx_vnni, ymm_vnni, 8: 1 2 3 4 5 6 7 8);
+tiled!(by_avx2, ymm, 4: 1 2 3 4 5 6 7 8);
 
 /// Starts to fetch a line. It need not be valid: what lies beyond a block is read next, or nothing.
 #[inline]
 fn fetch(line: *const Line) {
     // SAFETY: every x86-64 processor has the instruction, and it does nothing where there is no memory.
     unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) };
-}
-
-/// Lines of a group.
-const fn lines(int4: bool) -> usize {
-    if int4 { QuantWidth::Int4.lines() } else { QuantWidth::Int8.lines() }
-}
-
-/// Some of a tile's rows.
-#[derive(Clone, Copy)]
-struct Rows {
-    first: usize,
-    /// Rows of the tile.
-    all: usize,
-    /// Groups of each row.
-    groups: usize,
-}
-
-/// Four bytes of activations.
-///
-/// SAFETY: `index` must be below [`QUADS`].
-#[inline]
-unsafe fn quad(x: &Group, index: usize) -> i32 {
-    // SAFETY: within the quants, by this function's contract.
-    unsafe { x.quants.as_ptr().cast::<i32>().add(index).read_unaligned() }
 }
 
 /// SAFETY: needs AVX-512 F, BW and VNNI; `block` and `sums` must have the tile's rows, `R` from the first of `rows` on.
