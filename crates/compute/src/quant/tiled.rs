@@ -7,8 +7,8 @@ use super::rows::Group;
 /// Quads of a group.
 pub(super) const QUADS: usize = GROUP / 4;
 
-/// Lines that are fetched ahead of those being read, of all panels together.
-pub(super) const AHEAD: usize = 48;
+/// Lines that are fetched ahead of those being read, of all panels together. More got in the way of what a processor fetches by itself.
+pub(super) const AHEAD: usize = 16;
 
 /// Defines a kernel that hands a tile's rows to `$function`, of 8-bit weights up to `$most` at once.
 macro_rules! tiled {
