@@ -262,14 +262,14 @@ fn run_batch(
 
 #[cfg(test)]
 mod tests {
-    use sirocco_compute::{CpuBackend, ExpertMatrix, ExpertPacker, GpuReadings, Pool};
+    use sirocco_compute::{CpuBackend, ExpertMatrix, Pool};
     use sirocco_process::http::Health;
     use sirocco_process::metrics::Page;
     use sirocco_proto::expert::ExpertRows;
     use sirocco_types::{ExpertDtype, Fingerprint, LayerId, LoadCounters, ModelSpec};
 
     use super::*;
-    use crate::testing;
+    use crate::testing::{self, Odd, Way};
 
     const HIDDEN: usize = 16;
 
@@ -338,58 +338,6 @@ mod tests {
             assert!(text.lines().any(|shown| shown == line), "{line} is not in:\n{text}");
         }
         assert_eq!(text.matches("sirocco_expert_rows_total{").count(), 2, "only what is held is shown");
-    }
-
-    /// The CPU, but for how it runs a batch.
-    #[derive(Debug)]
-    struct Odd(CpuBackend, Way);
-
-    #[derive(Debug)]
-    enum Way {
-        /// Runs the first expert and fails.
-        Fails(DeviceError),
-        /// Hands out each row by itself, the last ones first: row `r` as `r`, one after the other.
-        Backwards,
-    }
-
-    impl ExpertBackend for Odd {
-        fn kind(&self) -> &'static str {
-            self.0.kind()
-        }
-
-        fn name(&self) -> String {
-            self.0.name()
-        }
-
-        fn capacity_bytes(&self) -> Option<u64> {
-            self.0.capacity_bytes()
-        }
-
-        fn packer(&self) -> Result<ExpertPacker, DeviceError> {
-            self.0.packer()
-        }
-
-        fn run(&self, batch: &Batch, done: &mut dyn FnMut(usize, usize, &[f32])) -> Result<(), DeviceError> {
-            let error = match &self.1 {
-                Way::Fails(error) => error,
-                Way::Backwards => {
-                    for (index, part) in batch.parts.iter().enumerate().rev() {
-                        for (place, &row) in part.rows.iter().enumerate().rev() {
-                            let mut state = Vec::new();
-                            (batch.append)(row, &mut state);
-                            done(index, place, &state);
-                        }
-                    }
-                    return Ok(());
-                }
-            };
-            self.0.run(&Batch { parts: &batch.parts[..1], ..*batch }, done)?;
-            Err(error.clone())
-        }
-
-        fn readings(&self) -> Option<GpuReadings> {
-            self.0.readings()
-        }
     }
 
     #[tokio::test]

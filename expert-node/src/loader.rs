@@ -176,14 +176,14 @@ mod tests {
     use std::path::Path;
     use std::sync::{Condvar, Mutex};
 
-    use sirocco_compute::{Batch, CpuBackend, DeviceError, ExpertPacker, GpuReadings, Pool};
+    use sirocco_compute::{CpuBackend, Pool};
     use sirocco_process::metrics::Page;
     use sirocco_store::{EmbeddedStore, LEASE_TTL, Mirror, Store};
     use sirocco_types::{Epoch, EpochRef, ExpertDtype, ExpertId, LayerId, MemberState, PlacementKind};
     use tokio_util::task::TaskTracker;
 
     use super::*;
-    use crate::testing::{self, Cluster, id};
+    use crate::testing::{self, Cluster, Odd, Way, id};
 
     /// Node `a` serves expert 0 and is to have expert 1 too once epoch 2 is the target.
     const CLUSTER: Cluster = Cluster {
@@ -228,7 +228,8 @@ mod tests {
     }
 
     impl Running {
-        async fn start(cluster: Cluster, arriving: Arc<Arriving>) -> Self {
+        /// No expert is loaded before so many are `together`.
+        async fn start(cluster: Cluster, together: usize) -> Self {
             let cluster_keys = Keys::new("demo").unwrap();
             let store: Arc<dyn Store> = Arc::new(EmbeddedStore::new());
             for (key, value) in cluster.entries(&cluster_keys) {
@@ -251,7 +252,7 @@ mod tests {
                 id: id("a"),
                 keys: cluster_keys.clone(),
                 checkpoint: Arc::new(checkpoint),
-                backend: Arc::new(Counting(backend, arriving)),
+                backend: Arc::new(Odd(backend, Way::Together(together, Mutex::default(), Condvar::default()))),
                 held: Arc::default(),
                 registration: Arc::new(registration),
                 health: health.clone(),
@@ -276,55 +277,9 @@ mod tests {
         }
     }
 
-    /// How many experts have begun to load and wait for as many as there should be at once.
-    #[derive(Debug, Default)]
-    struct Arriving {
-        expected: usize,
-        arrived: Mutex<usize>,
-        changed: Condvar,
-    }
-
-    /// The CPU, whose packers come only once as many experts are loaded at once as are expected.
-    #[derive(Debug)]
-    struct Counting(CpuBackend, Arc<Arriving>);
-
-    impl ExpertBackend for Counting {
-        fn kind(&self) -> &'static str {
-            self.0.kind()
-        }
-
-        fn name(&self) -> String {
-            self.0.name()
-        }
-
-        fn capacity_bytes(&self) -> Option<u64> {
-            self.0.capacity_bytes()
-        }
-
-        fn packer(&self) -> Result<ExpertPacker, DeviceError> {
-            let Arriving { expected, arrived, changed } = &*self.1;
-            let mut count = arrived.lock().unwrap();
-            *count += 1;
-            changed.notify_all();
-            let (count, wait) =
-                changed.wait_timeout_while(count, Duration::from_secs(20), |count| *count < *expected).unwrap();
-            assert!(!wait.timed_out(), "{} experts are loaded at once, not {expected}", *count);
-            self.0.packer()
-        }
-
-        fn run(&self, batch: &Batch, done: &mut dyn FnMut(usize, usize, &[f32])) -> Result<(), DeviceError> {
-            self.0.run(batch, done)
-        }
-
-        fn readings(&self) -> Option<GpuReadings> {
-            self.0.readings()
-        }
-    }
-
     #[tokio::test]
     async fn a_node_that_serves_nothing_loads_as_many_experts_at_once_as_it_has_threads() {
-        let arriving = Arc::new(Arriving { expected: 2, ..Arriving::default() });
-        let running = Running::start(Cluster { target: 2, serving: 0, ..CLUSTER }, arriving).await;
+        let running = Running::start(Cluster { target: 2, serving: 0, ..CLUSTER }, 2).await;
         running.health.until_ready().await;
         assert!(running.holds(&[0, 1]));
         running.stop().await;
@@ -332,7 +287,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_node_that_serves_stays_ready_while_it_loads_more() {
-        let mut running = Running::start(CLUSTER, Arc::default()).await;
+        let mut running = Running::start(CLUSTER, 1).await;
         running.health.until_ready().await;
         assert!(running.holds(&[0]));
 

@@ -44,7 +44,7 @@ pub struct Config {
     /// What to run experts on
     #[command(flatten)]
     pub device: DeviceArgs,
-    /// Compute threads, of the CPU
+    /// Compute threads, of the CPU; a node that serves nothing yet loads as many experts at once
     #[arg(long, env = "SIROCCO_THREADS", value_name = "N", default_value_t = sirocco_process::default_threads())]
     pub threads: usize,
     /// Most bytes of expert weights to hold [default: four fifths of the machine's memory, or what the GPU has room for]

@@ -1,5 +1,9 @@
-//! A small cluster's state, for tests.
+//! A small cluster's state and an odd backend, for tests.
 
+use std::sync::{Condvar, Mutex};
+use std::time::Duration;
+
+use sirocco_compute::{Batch, CpuBackend, DeviceError, ExpertBackend, ExpertPacker, GpuReadings};
 use sirocco_store::{ClusterState, Keys, to_json};
 use sirocco_types::{
     Dtype, Epoch, EpochRef, ExpertDtype, Fingerprint, LayerId, LayerPlacement, Member, MemberState, ModelIdentity,
@@ -119,5 +123,70 @@ pub(crate) fn spec() -> ModelSpec {
         bos_token_id: None,
         eos_token_ids: vec![2],
         dtype: Dtype::Bf16,
+    }
+}
+
+/// The CPU, but for one thing.
+#[derive(Debug)]
+pub(crate) struct Odd(pub(crate) CpuBackend, pub(crate) Way);
+
+/// What is odd.
+#[derive(Debug)]
+pub(crate) enum Way {
+    /// Runs the first expert and fails.
+    Fails(DeviceError),
+    /// Hands out each row by itself, the last ones first: row `r` as `r`, one after the other.
+    Backwards,
+    /// Packers come only once so many were asked for.
+    Together(usize, Mutex<usize>, Condvar),
+}
+
+impl ExpertBackend for Odd {
+    fn kind(&self) -> &'static str {
+        self.0.kind()
+    }
+
+    fn name(&self) -> String {
+        self.0.name()
+    }
+
+    fn capacity_bytes(&self) -> Option<u64> {
+        self.0.capacity_bytes()
+    }
+
+    fn packer(&self) -> Result<ExpertPacker, DeviceError> {
+        if let Way::Together(expected, asked, changed) = &self.1 {
+            let mut count = asked.lock().unwrap();
+            *count += 1;
+            changed.notify_all();
+            let few = |count: &mut usize| *count < *expected;
+            let (count, wait) = changed.wait_timeout_while(count, Duration::from_secs(20), few).unwrap();
+            assert!(!wait.timed_out(), "{} experts are loaded at once, not {expected}", *count);
+        }
+        self.0.packer()
+    }
+
+    fn run(&self, batch: &Batch, done: &mut dyn FnMut(usize, usize, &[f32])) -> Result<(), DeviceError> {
+        match &self.1 {
+            Way::Fails(error) => {
+                self.0.run(&Batch { parts: &batch.parts[..1], ..*batch }, done)?;
+                Err(error.clone())
+            }
+            Way::Backwards => {
+                for (index, part) in batch.parts.iter().enumerate().rev() {
+                    for (place, &row) in part.rows.iter().enumerate().rev() {
+                        let mut state = Vec::new();
+                        (batch.append)(row, &mut state);
+                        done(index, place, &state);
+                    }
+                }
+                Ok(())
+            }
+            Way::Together(..) => self.0.run(batch, done),
+        }
+    }
+
+    fn readings(&self) -> Option<GpuReadings> {
+        self.0.readings()
     }
 }
