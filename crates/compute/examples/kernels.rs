@@ -1,4 +1,5 @@
-//! Measures the bf16 kernels against what the machine can do, in one process, best of several interleaved rounds.
+//! Measures the bf16 kernels against what the machine can do, in one process, in several interleaved rounds: of few rows and of the
+//! head all rounds, each right after reading memory, for a machine's bandwidth may be another a second later; of others the best.
 //!
 //! `cargo run --release -p sirocco-compute --example kernels [avx2|avx512] [rounds]` prints one JSON object a line:
 //! `{"name", "measured", "floor", "unit"}`. Experts are as many as keep their weights from staying in the caches near a core.
@@ -15,18 +16,32 @@ use sirocco_types::ExpertDtype;
 const HIDDEN: usize = 1024;
 const INTER: usize = 3584;
 const EXPERTS: usize = 40;
+const EXPERT_BYTES: f64 = (6 * HIDDEN * INTER) as f64;
 const ROWS: [usize; 9] = [1, 2, 4, 8, 16, 32, 64, 256, 512];
 
-/// The best value of each measurement so far.
-#[derive(Default)]
-struct Best(Vec<(String, f64)>);
+/// Rows from which on multiplying takes longer than reading.
+const MANY: usize = 16;
 
-impl Best {
+/// The best value of each measurement so far, or the sum of all.
+#[derive(Default)]
+struct Values(Vec<(String, f64)>);
+
+impl Values {
     fn keep(&mut self, name: String, value: f64) {
-        match self.0.iter_mut().find(|(known, _)| *known == name) {
-            Some((_, best)) => *best = best.max(value),
-            None => self.0.push((name, value)),
-        }
+        let best = self.value(name);
+        *best = best.max(value);
+    }
+
+    fn add(&mut self, name: String, value: f64) {
+        *self.value(name) += value;
+    }
+
+    fn value(&mut self, name: String) -> &mut f64 {
+        let known = self.0.iter().position(|(known, _)| *known == name).unwrap_or_else(|| {
+            self.0.push((name, 0.0));
+            self.0.len() - 1
+        });
+        &mut self.0[known].1
     }
 
     fn get(&self, name: &str) -> f64 {
@@ -41,51 +56,55 @@ fn main() {
         Some("avx512") => Isa::Avx512,
         _ => Isa::best(),
     };
-    let rounds = arguments.get(1).map_or(7, |rounds| rounds.parse().expect("a number of rounds"));
+    let rounds: usize = arguments.get(1).map_or(7, |rounds| rounds.parse().expect("a number of rounds"));
     let memory = Memory::new();
     let experts: Vec<ExpertWeights> = (0..EXPERTS).map(|seed| expert(seed as u64)).collect();
     let head = matrix(32_000, HIDDEN);
-    let mut best = Best::default();
+    let mut values = Values::default();
     for _ in 0..rounds {
         for threads in [1, 2] {
             let pool = Pool::with_isa(threads, isa).expect("two threads can be started");
-            best.keep(format!("read bandwidth {threads}"), memory.read(threads, isa) / 1e9);
-            best.keep(format!("fma {threads}"), multiply_adds(threads, isa) / 1e9);
+            values.keep(format!("fma {threads}"), multiply_adds(threads, isa) / 1e9);
             for rows in ROWS {
-                let seconds = ffn(&experts, rows, &pool);
-                let (bytes, flops) = (6 * HIDDEN * INTER, 6 * rows * HIDDEN * INTER);
-                best.keep(format!("ffn bytes {rows} {threads}"), bytes as f64 / seconds / 1e9);
-                best.keep(format!("ffn flops {rows} {threads}"), flops as f64 / seconds / 1e9);
+                if rows < MANY {
+                    let read = memory.read(threads, isa);
+                    values.keep(format!("read bandwidth {threads}"), read / 1e9);
+                    values.add(format!("ffn read {rows} {threads}"), EXPERT_BYTES / read);
+                    values.add(format!("ffn seconds {rows} {threads}"), ffn(&experts, rows, &pool));
+                } else {
+                    let operations = rows as f64 * EXPERT_BYTES; // a multiplication and an addition for each weight of two bytes
+                    values.keep(format!("ffn flops {rows} {threads}"), operations / ffn(&experts, rows, &pool) / 1e9);
+                }
             }
             let x = activations(1);
             let mut out = vec![0.0; head.outputs()];
+            values.add(format!("head read {threads}"), head.bytes() as f64 / memory.read(threads, isa));
             let since = Instant::now();
             matmul(&x, &head, &mut out, &pool);
-            best.keep(format!("head {threads}"), head.bytes() as f64 / since.elapsed().as_secs_f64() / 1e9);
+            values.add(format!("head seconds {threads}"), since.elapsed().as_secs_f64());
         }
-        best.keep("pack".into(), pack());
+        values.keep("pack".into(), pack());
     }
     for threads in [1, 2] {
-        let (read, fma) = (best.get(&format!("read bandwidth {threads}")), best.get(&format!("fma {threads}")));
+        let (read, fma) = (values.get(&format!("read bandwidth {threads}")), values.get(&format!("fma {threads}")));
         let many = if threads == 1 { "1 thread".to_owned() } else { format!("{threads} threads") };
         print(&format!("read bandwidth, {many}"), read, read, "GB/s");
         print(&format!("fma peak, {many}"), fma, fma, "GFLOP/s");
         for rows in ROWS {
             let name = format!("expert ffn bf16, {rows} row{}, {many}", if rows == 1 { "" } else { "s" });
-            if rows < 16 {
-                print(&name, best.get(&format!("ffn bytes {rows} {threads}")), read, "GB/s");
+            if rows < MANY {
+                let bandwidth =
+                    |what| rounds as f64 * EXPERT_BYTES / values.get(&format!("ffn {what} {rows} {threads}")) / 1e9;
+                print(&name, bandwidth("seconds"), bandwidth("read"), "GB/s");
             } else {
-                print(&name, best.get(&format!("ffn flops {rows} {threads}")), fma, "GFLOP/s");
+                print(&name, values.get(&format!("ffn flops {rows} {threads}")), fma, "GFLOP/s");
             }
         }
-        print(
-            &format!("head of 32000 outputs bf16, 1 row, {many}"),
-            best.get(&format!("head {threads}")),
-            read,
-            "GB/s",
-        );
+        let bandwidth = |what| (rounds * head.bytes()) as f64 / values.get(&format!("head {what} {threads}")) / 1e9;
+        let name = format!("head of 32000 outputs bf16, 1 row, {many}");
+        print(&name, bandwidth("seconds"), bandwidth("read"), "GB/s");
     }
-    print("packing bf16, 2 threads", best.get("pack"), 1.0, "GiB/s");
+    print("packing bf16, 2 threads", values.get("pack"), 1.0, "GiB/s");
 }
 
 fn print(name: &str, measured: f64, floor: f64, unit: &str) {

@@ -1,7 +1,7 @@
 //! One expert with quantised weights: a SwiGLU feed-forward network.
 
 use super::GROUP;
-use super::kernel::{Block, Kernel, kernel};
+use super::kernel::{Block, Kernel, STREAMS, kernel};
 use super::matrix::{QuantPanels, QuantWidth};
 use super::rows::{QuantRows, Shape, TILE, quantise};
 use crate::Pool;
@@ -13,9 +13,6 @@ use crate::packed::PANEL;
 
 /// Rows whose sums a task keeps in its core's cache.
 const ROWS: usize = 96;
-
-/// Streams that are read side by side: a processor that notices streams and reads ahead in each does so further with several.
-const STREAMS: usize = 4;
 
 /// Rows whose sums for all streams fit beside the weights in the first-level cache. With more rows, reading is the smaller part.
 const FEW: usize = 16;
@@ -147,7 +144,7 @@ impl Task<'_> {
         let at_once = if all <= TILE { groups } else { GROUPS / self.streams };
         for start in (0..groups).step_by(at_once) {
             let end = groups.min(start + at_once);
-            // Where a panel of a stream ends, the next one begins, and has been fetched.
+            // Where a panel of a stream ends, the next one begins.
             for step in 0..length {
                 let mut panels = [&[][..]; STREAMS];
                 for (stream, panel) in panels[..self.streams].iter_mut().enumerate() {
@@ -157,8 +154,7 @@ impl Task<'_> {
                 for (tile, sums) in tiles {
                     let rows = sums.len() / self.count;
                     let x = &self.x.tile(tile)[start * rows..end * rows];
-                    let (stride, first) = (length * rows, tile == first_row);
-                    let block = Block { x, width, panels: &panels[..self.streams], stride, first };
+                    let block = Block { x, width, panels: &panels[..self.streams], stride: length * rows };
                     (self.kernel)(block, &mut sums[step * rows..]);
                 }
             }

@@ -6,18 +6,19 @@ use super::rows::Group;
 use crate::Isa;
 use crate::matmul::Row;
 
+/// Streams that are read side by side: a processor that notices streams and reads ahead in each does so further with several.
+pub(super) const STREAMS: usize = 4;
+
 /// What a kernel multiplies: a tile of rows with the outputs of some panels, over some of the groups.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Block<'a> {
     /// `[groups, rows of the tile]`
     pub(super) x: &'a [Group],
     pub(super) width: QuantWidth,
-    /// Of each panel `[groups, width.lines()]`. They are read side by side: memory is faster with several streams.
+    /// Of each panel `[groups, width.lines()]`, up to [`STREAMS`].
     pub(super) panels: &'a [&'a [Line]],
     /// Sums from one panel's to the next one's.
     pub(super) stride: usize,
-    /// Whether no tile before this one has read the weights, so that they come from memory.
-    pub(super) first: bool,
 }
 
 /// Carries the sums of a block, `[panels, rows of the tile]`, on over its groups.
@@ -40,7 +41,7 @@ pub(super) fn kernel(isa: Isa) -> Kernel {
 
 /// One group at a time, in whatever vectors the compiler makes of it.
 pub(super) fn scalar(block: Block, sums: &mut [Row]) {
-    let Block { x, width, panels, stride, first: _ } = block;
+    let Block { x, width, panels, stride } = block;
     for (panel, sums) in panels.iter().zip(sums.chunks_mut(stride)) {
         let groups = panel.len() / width.lines();
         for (x, lines) in x.chunks_exact(x.len() / groups).zip(panel.chunks_exact(width.lines())) {

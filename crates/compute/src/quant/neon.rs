@@ -10,20 +10,19 @@
 //! 2^15.
 
 use std::arch::aarch64::{
-    float32x4_t, int8x16_t, int32x4_t, vaddq_s32, vandq_u8, vandq_u32, vcvtq_f32_s32, vdup_n_s32, vdupq_n_f32,
-    vdupq_n_s8, vdupq_n_s16, vdupq_n_s32, vdupq_n_u8, vdupq_n_u32, veorq_u8, vfmaq_f32, vget_high_s8, vget_low_s8,
-    vld1q_f32, vld1q_s8, vld1q_u8, vld1q_u32, vmlal_s8, vmulq_f32, vpadalq_s16, vpaddq_s32, vreinterpret_s8_s32,
+    int8x16_t, int32x4_t, vaddq_s32, vandq_u8, vandq_u32, vcvtq_f32_s32, vdup_n_s32, vdupq_n_f32, vdupq_n_s8,
+    vdupq_n_s16, vdupq_n_s32, vdupq_n_u8, vdupq_n_u32, veorq_u8, vfmaq_f32, vget_high_s8, vget_low_s8, vld1q_f32,
+    vld1q_s8, vld1q_u8, vld1q_u32, vmlal_s8, vmulq_f32, vpadalq_s16, vpaddq_s32, vreinterpret_s8_s32,
     vreinterpretq_f32_u32, vreinterpretq_s8_u8, vshlq_n_u32, vshrq_n_u8, vst1q_f32,
 };
 use std::arch::{asm, is_aarch64_feature_detected};
 
 use super::kernel::{Block, Kernel};
-use super::matrix::{LANES, Line, QuantWidth};
+use super::matrix::{LANES, QuantWidth};
 use super::rows::{Group, TILE};
-use super::tiled::{AHEAD, QUADS, Rows, lines, quad, tiled};
+use super::tiled::{QUADS, Rows, lines, quad, tiled};
 use crate::Isa;
 use crate::matmul::Row;
-use crate::matmul::lanes::Lanes as _;
 use crate::packed::PANEL;
 
 /// The fastest kernel for `isa`, which this machine must have.
@@ -45,13 +44,6 @@ pub(super) fn kernels() -> Vec<Kernel> {
 tiled!(by_dot_products, with_dot_products, 8: 1 2 3 4 5 6 7 8);
 tiled!(by_neon, plain, 8: 1 2 3 4 5 6 7 8);
 
-/// Starts to fetch a line. It need not be valid: what lies beyond a block is read next, or nothing.
-#[inline]
-fn fetch(line: *const Line) {
-    // SAFETY: every processor of this kind has NEON, and an address to fetch need not be valid.
-    unsafe { float32x4_t::fetch(line.cast()) };
-}
-
 /// Vectors of a quad.
 const VECTORS: usize = PANEL / 4;
 
@@ -63,22 +55,14 @@ macro_rules! vectors {
     ($name:ident, $features:literal, $dots:ident) => {
         /// SAFETY: needs the instructions; `block` and `sums` must have the tile's rows, `R` from the first of `rows` on.
         #[target_feature(enable = $features)]
-        unsafe fn $name<const R: usize, const INT4: bool, const FETCH: bool>(
-            block: Block,
-            rows: Rows,
-            sums: &mut [Row],
-        ) {
+        unsafe fn $name<const R: usize, const INT4: bool>(block: Block, rows: Rows, sums: &mut [Row]) {
             let upper = vdupq_n_u32(0xffff_0000);
-            let ahead = AHEAD / block.panels.len();
             for group in 0..rows.groups {
                 // SAFETY: there are the tile's rows of each group.
                 let x = unsafe { &*block.x.as_ptr().add(group * rows.all + rows.first).cast::<[Group; R]>() };
                 for (panel, lines_of) in block.panels.iter().enumerate() {
                     // SAFETY: there are `lines` lines for each group of a panel.
                     let w = unsafe { lines_of.as_ptr().add(group * lines(INT4)) };
-                    if FETCH {
-                        (0..lines(INT4)).for_each(|line| fetch(w.wrapping_add(ahead + line)));
-                    }
                     for v in 0..VECTORS {
                         // SAFETY: a quad of the panel has `VECTORS` vectors, the line of scales, a group's last, `OF_LINE`.
                         let (dots, words) = unsafe {

@@ -7,9 +7,6 @@ use super::rows::Group;
 /// Quads of a group.
 pub(super) const QUADS: usize = GROUP / 4;
 
-/// Lines that are fetched ahead of those being read, of all panels together. More got in the way of what a processor fetches by itself.
-pub(super) const AHEAD: usize = 16;
-
 /// Defines a kernel that hands a tile's rows to `$function`, of 8-bit weights up to `$most` at once.
 macro_rules! tiled {
     ($name:ident, $function:ident, $most:literal: $($rows:literal)*) => {
@@ -22,14 +19,11 @@ macro_rules! tiled {
             let most = if block.width == QuantWidth::Int8 { $most } else { TILE };
             for first in (0..all).step_by(most) {
                 let rows = Rows { first, all, groups };
-                let fetch = block.first && first == 0;
                 // SAFETY: `kernel` hands this out only where its instructions are present; the lengths were just checked.
                 unsafe {
                     match (block.width, most.min(all - first)) {
-                        $((QuantWidth::Int8, $rows) if fetch => $function::<$rows, false, true>(block, rows, sums),)*
-                        $((QuantWidth::Int4, $rows) if fetch => $function::<$rows, true, true>(block, rows, sums),)*
-                        $((QuantWidth::Int8, $rows) => $function::<$rows, false, false>(block, rows, sums),)*
-                        $((QuantWidth::Int4, $rows) => $function::<$rows, true, false>(block, rows, sums),)*
+                        $((QuantWidth::Int8, $rows) => $function::<$rows, false>(block, rows, sums),)*
+                        $((QuantWidth::Int4, $rows) => $function::<$rows, true>(block, rows, sums),)*
                         (_, more) => unreachable!("{more} rows of a tile that has {TILE}"),
                     }
                 }

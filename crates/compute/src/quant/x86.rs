@@ -7,19 +7,19 @@
 #![expect(clippy::cast_ptr_alignment, reason = "the loads are those for unaligned addresses")]
 
 use std::arch::x86_64::{
-    __m256i, __m512i, _MM_HINT_T0, _mm_prefetch, _mm256_add_epi16, _mm256_add_epi32, _mm256_and_si256,
-    _mm256_castsi256_ps, _mm256_cvtepi32_ps, _mm256_dpbusd_avx_epi32, _mm256_fmadd_ps, _mm256_loadu_ps,
-    _mm256_loadu_si256, _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_mul_ps, _mm256_set1_epi8, _mm256_set1_epi16,
-    _mm256_set1_epi32, _mm256_set1_ps, _mm256_setzero_si256, _mm256_slli_epi32, _mm256_srli_epi16, _mm256_storeu_ps,
-    _mm512_and_si512, _mm512_castsi512_ps, _mm512_cvtepi32_ps, _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_loadu_ps,
-    _mm512_loadu_si512, _mm512_mul_ps, _mm512_set1_epi8, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_si512,
-    _mm512_slli_epi32, _mm512_srli_epi16, _mm512_storeu_ps,
+    __m256i, __m512i, _mm256_add_epi16, _mm256_add_epi32, _mm256_and_si256, _mm256_castsi256_ps, _mm256_cvtepi32_ps,
+    _mm256_dpbusd_avx_epi32, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_madd_epi16,
+    _mm256_maddubs_epi16, _mm256_mul_ps, _mm256_set1_epi8, _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps,
+    _mm256_setzero_si256, _mm256_slli_epi32, _mm256_srli_epi16, _mm256_storeu_ps, _mm512_and_si512,
+    _mm512_castsi512_ps, _mm512_cvtepi32_ps, _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512,
+    _mm512_mul_ps, _mm512_set1_epi8, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_si512, _mm512_slli_epi32,
+    _mm512_srli_epi16, _mm512_storeu_ps,
 };
 
-use super::kernel::{Block, Kernel};
+use super::kernel::{Block, Kernel, STREAMS};
 use super::matrix::{LANES, Line, QuantWidth};
 use super::rows::{Group, TILE};
-use super::tiled::{AHEAD, QUADS, Rows, lines, quad, tiled};
+use super::tiled::{QUADS, Rows, lines, quad, tiled};
 use crate::Isa;
 use crate::matmul::Row;
 use crate::packed::PANEL;
@@ -51,79 +51,91 @@ tiled!(by_avx512_vnni, zmm, 8: 1 2 3 4 5 6 7 8);
 tiled!(by_avx_vnni, ymm_vnni, 8: 1 2 3 4 5 6 7 8);
 tiled!(by_avx2, ymm, 4: 1 2 3 4 5 6 7 8);
 
-/// Starts to fetch a line. It need not be valid: what lies beyond a block is read next, or nothing.
-#[inline]
-fn fetch(line: *const Line) {
-    // SAFETY: every x86-64 processor has the instruction, and it does nothing where there is no memory.
-    unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) };
-}
-
 /// SAFETY: needs AVX-512 F, BW and VNNI; `block` and `sums` must have the tile's rows, `R` from the first of `rows` on.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-unsafe fn zmm<const R: usize, const INT4: bool, const FETCH: bool>(block: Block, rows: Rows, sums: &mut [Row]) {
+unsafe fn zmm<const R: usize, const INT4: bool>(block: Block, rows: Rows, sums: &mut [Row]) {
+    // Where reading is all there is to wait for, and registers have room for all sums: the more a stream is read without a pause,
+    // the further a processor reads ahead in it. Fetching ahead as well made it slower.
+    let beside = R <= 2 && block.panels.len() == STREAMS;
+    // SAFETY: by this function's contract.
+    unsafe {
+        if beside { panels::<R, STREAMS, INT4>(block, rows, sums) } else { panels::<R, 1, INT4>(block, rows, sums) }
+    }
+}
+
+/// As [`zmm`], a line of each of `P` panels in turn; there must be a multiple of as many.
+///
+/// SAFETY: as there.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+unsafe fn panels<const R: usize, const P: usize, const INT4: bool>(block: Block, rows: Rows, sums: &mut [Row]) {
     let (half, upper) = (_mm512_set1_epi8(0xf), _mm512_set1_epi32(0xffff_0000_u32.cast_signed()));
-    let ahead = AHEAD / block.panels.len();
     for group in 0..rows.groups {
         // SAFETY: there are the tile's rows of each group.
         let x = unsafe { &*block.x.as_ptr().add(group * rows.all + rows.first).cast::<[Group; R]>() };
-        for (panel, lines_of) in block.panels.iter().enumerate() {
+        for first in (0..block.panels.len()).step_by(P) {
             // The same for every panel, but kept for the next one these would be more than there are registers.
             let x = std::hint::black_box(x);
-            // SAFETY: there are `lines` lines for each group of a panel.
-            let w = unsafe { lines_of.as_ptr().add(group * lines(INT4)) };
-            let next = w.wrapping_add(ahead);
-            let w = w.cast::<__m512i>();
-            let mut dots = [[_mm512_setzero_si512(); 2]; R];
-            for r in 0..R {
-                dots[r] = [_mm512_set1_epi32(x[r].start); 2];
+            let mut w = [std::ptr::null::<Line>(); P];
+            for p in 0..P {
+                // SAFETY: there are `P` panels from `first` on, and `lines` lines for each group of one.
+                w[p] = unsafe { block.panels.get_unchecked(first + p).as_ptr().add(group * lines(INT4)) };
+            }
+            let mut dots = [[[_mm512_setzero_si512(); 2]; R]; P];
+            for p in 0..P {
+                for r in 0..R {
+                    dots[p][r] = [_mm512_set1_epi32(x[r].start); 2];
+                }
             }
             for index in 0..lines(INT4) / 2 {
-                if FETCH {
-                    fetch(next.wrapping_add(2 * index));
-                    fetch(next.wrapping_add(2 * index + 1));
-                }
-                // SAFETY: `index` is below half the lines.
-                let w = unsafe { [_mm512_loadu_si512(w.add(2 * index)), _mm512_loadu_si512(w.add(2 * index + 1))] };
-                if INT4 {
-                    let low = [_mm512_and_si512(w[0], half), _mm512_and_si512(w[1], half)];
-                    let high = [
-                        _mm512_and_si512(_mm512_srli_epi16::<4>(w[0]), half),
-                        _mm512_and_si512(_mm512_srli_epi16::<4>(w[1]), half),
-                    ];
-                    for r in 0..R {
-                        // SAFETY: both quads are of the eight.
-                        let (x_low, x_high) = unsafe { (quad(&x[r], index), quad(&x[r], index + QUADS / 2)) };
-                        for v in 0..2 {
-                            dots[r][v] = _mm512_dpbusd_epi32(dots[r][v], low[v], _mm512_set1_epi32(x_low));
-                            dots[r][v] = _mm512_dpbusd_epi32(dots[r][v], high[v], _mm512_set1_epi32(x_high));
+                for p in 0..P {
+                    let dots = &mut dots[p];
+                    // SAFETY: `index` is below half the lines; a line is as long as a vector.
+                    let w = unsafe {
+                        let w = w[p].cast::<__m512i>().add(2 * index);
+                        [_mm512_loadu_si512(w), _mm512_loadu_si512(w.add(1))]
+                    };
+                    if INT4 {
+                        let low = [_mm512_and_si512(w[0], half), _mm512_and_si512(w[1], half)];
+                        let high = [
+                            _mm512_and_si512(_mm512_srli_epi16::<4>(w[0]), half),
+                            _mm512_and_si512(_mm512_srli_epi16::<4>(w[1]), half),
+                        ];
+                        for r in 0..R {
+                            // SAFETY: both quads are of the eight.
+                            let (x_low, x_high) = unsafe { (quad(&x[r], index), quad(&x[r], index + QUADS / 2)) };
+                            for v in 0..2 {
+                                dots[r][v] = _mm512_dpbusd_epi32(dots[r][v], low[v], _mm512_set1_epi32(x_low));
+                                dots[r][v] = _mm512_dpbusd_epi32(dots[r][v], high[v], _mm512_set1_epi32(x_high));
+                            }
                         }
-                    }
-                } else {
-                    for r in 0..R {
-                        // SAFETY: the index is that of a quad.
-                        let x = _mm512_set1_epi32(unsafe { quad(&x[r], index) });
-                        for v in 0..2 {
-                            dots[r][v] = _mm512_dpbusd_epi32(dots[r][v], w[v], x);
+                    } else {
+                        for r in 0..R {
+                            // SAFETY: the index is that of a quad.
+                            let x = _mm512_set1_epi32(unsafe { quad(&x[r], index) });
+                            for v in 0..2 {
+                                dots[r][v] = _mm512_dpbusd_epi32(dots[r][v], w[v], x);
+                            }
                         }
                     }
                 }
             }
-            if FETCH {
-                fetch(next.wrapping_add(lines(INT4) - 1));
-            }
-            // SAFETY: the last line of a group is one of scales; a line is as long as a vector, and aligned as one.
-            let words = unsafe { _mm512_loadu_si512(w.add(lines(INT4) - 1)) };
-            let scales = [_mm512_slli_epi32::<16>(words), _mm512_and_si512(words, upper)];
-            for r in 0..R {
-                let x_scale = _mm512_set1_ps(x[r].scale);
-                for v in 0..2 {
-                    // SAFETY: each panel has a sum for each row of the tile, with room for two vectors.
-                    unsafe {
-                        let sum = sums.as_mut_ptr().add(panel * block.stride + rows.first + r);
-                        let sum = sum.cast::<f32>().add(LANES * v);
-                        let scale = _mm512_mul_ps(_mm512_castsi512_ps(scales[v]), x_scale);
-                        let dots = _mm512_cvtepi32_ps(dots[r][v]);
-                        _mm512_storeu_ps(sum, _mm512_fmadd_ps(dots, scale, _mm512_loadu_ps(sum)));
+            for p in 0..P {
+                let scales = w[p].wrapping_add(lines(INT4) - 1);
+                // SAFETY: the last line of a group is one of scales; a line is as long as a vector.
+                let words = unsafe { _mm512_loadu_si512(scales.cast()) };
+                let scales = [_mm512_slli_epi32::<16>(words), _mm512_and_si512(words, upper)];
+                for r in 0..R {
+                    let x_scale = _mm512_set1_ps(x[r].scale);
+                    for v in 0..2 {
+                        // SAFETY: each panel has a sum for each row of the tile, with room for two vectors.
+                        unsafe {
+                            let sum = sums.as_mut_ptr().add((first + p) * block.stride + rows.first + r);
+                            let sum = sum.cast::<f32>().add(LANES * v);
+                            let scale = _mm512_mul_ps(_mm512_castsi512_ps(scales[v]), x_scale);
+                            let dots = _mm512_cvtepi32_ps(dots[p][r][v]);
+                            _mm512_storeu_ps(sum, _mm512_fmadd_ps(dots, scale, _mm512_loadu_ps(sum)));
+                        }
                     }
                 }
             }
@@ -136,13 +148,8 @@ macro_rules! ymm {
     ($name:ident, $features:literal, $dots:ident) => {
         /// SAFETY: needs the instructions; `block` and `sums` must have the tile's rows, `R` from the first of `rows` on.
         #[target_feature(enable = $features)]
-        unsafe fn $name<const R: usize, const INT4: bool, const FETCH: bool>(
-            block: Block,
-            rows: Rows,
-            sums: &mut [Row],
-        ) {
+        unsafe fn $name<const R: usize, const INT4: bool>(block: Block, rows: Rows, sums: &mut [Row]) {
             let upper = _mm256_set1_epi32(0xffff_0000_u32.cast_signed());
-            let ahead = AHEAD / block.panels.len();
             for group in 0..rows.groups {
                 // SAFETY: there are the tile's rows of each group.
                 let x = unsafe { &*block.x.as_ptr().add(group * rows.all + rows.first).cast::<[Group; R]>() };
@@ -151,9 +158,6 @@ macro_rules! ymm {
                     let x = std::hint::black_box(x);
                     // SAFETY: there are `lines` lines for each group of a panel.
                     let w = unsafe { lines_of.as_ptr().add(group * lines(INT4)) };
-                    if FETCH {
-                        (0..lines(INT4)).for_each(|line| fetch(w.wrapping_add(ahead + line)));
-                    }
                     let w = w.cast::<__m256i>();
                     for v in 0..VECTORS {
                         // SAFETY: a quad of the panel has `VECTORS` vectors, the line of scales, a group's last, two.
