@@ -51,14 +51,20 @@ fn main() -> Result<()> {
     let prompt = [tokens(&checkpoint, 0, PREFILL)];
 
     memory::cache_files(&folder)?;
-    memory::touch(checkpoint.bytes());
     let plain = memory::plain_read(&folder, threads)?;
+    // The first use of memory on a virtual machine takes as long as its host likes, and again seconds after it was given back. In
+    // huge pages, as weights are kept, it is at hand for what loads next; the KV cache and such come with the tenth more.
+    let began = Instant::now();
+    let bytes = checkpoint.bytes() / 10 * 11;
+    drop(floors::Memory::of(bytes as usize));
+    let first_use = gib_per_second(bytes, began);
     memory::forget_peak()?;
     let began = Instant::now();
     let mut one = OneProcess::load(&checkpoint, dtype, threads, PREFILL.max(MANY.0 * (PROMPT + MANY.1)))?;
-    let loading = checkpoint.bytes() as f64 / began.elapsed().as_secs_f64() / f64::from(1 << 30);
+    let loading = gib_per_second(checkpoint.bytes(), began);
     report(&format!("loading {dtype}"), loading, 1.0, "GiB/s");
     report(&format!("loading {dtype}, over a plain read of the files"), loading, plain, "GiB/s");
+    report(&format!("loading {dtype}, over the first use of memory, 1 thread"), loading, first_use, "GiB/s");
     let mut warming = Run::default();
     let expected_one = one.complete(&prompts(ONE.0), ONE.1, &mut warming, None)?;
     let expected_many = one.complete(&prompts(MANY.0), MANY.1, &mut warming, None)?;
@@ -99,6 +105,10 @@ fn main() -> Result<()> {
         }
     }
     Ok(())
+}
+
+fn gib_per_second(bytes: u64, began: Instant) -> f64 {
+    bytes as f64 / began.elapsed().as_secs_f64() / f64::from(1 << 30)
 }
 
 /// A prompt that no other number has.

@@ -47,12 +47,6 @@ pub(crate) fn plain_read(folder: &Path, threads: usize) -> Result<f64> {
     Ok(bytes as f64 / began.elapsed().as_secs_f64() / f64::from(1 << 30))
 }
 
-/// Uses `bytes` of memory and gives them back. The first use of memory on a virtual machine takes as long as its host likes;
-/// what loads next does not wait for it.
-pub(crate) fn touch(bytes: u64) {
-    std::hint::black_box(vec![1_u8; bytes as usize]);
-}
-
 /// The most memory this process had at once since [`forget_peak`], in bytes.
 pub(crate) fn peak() -> Result<u64> {
     let status = std::fs::read_to_string("/proc/self/status")?;

@@ -14,7 +14,12 @@ pub(crate) struct Memory(Vec<u64>);
 
 impl Memory {
     pub(crate) fn new() -> Self {
-        let len = BYTES / size_of::<u64>();
+        Self::of(BYTES)
+    }
+
+    /// As many bytes, each page used once.
+    pub(crate) fn of(bytes: usize) -> Self {
+        let len = bytes / size_of::<u64>();
         let mut words: Vec<u64> = Vec::with_capacity(len);
         #[cfg(target_os = "linux")]
         {
@@ -23,7 +28,7 @@ impl Memory {
             let skip = start.align_offset(page);
             // SAFETY: whole pages within the capacity just reserved; the advice changes no contents.
             let _ = unsafe {
-                let bytes = (BYTES - skip) / page * page;
+                let bytes = bytes.saturating_sub(skip) / page * page;
                 rustix::mm::madvise(start.add(skip).cast(), bytes, rustix::mm::Advice::LinuxHugepage)
             };
         }
@@ -37,7 +42,7 @@ impl Memory {
         let seconds = together(threads, |thread| {
             black_box(read(parts[thread], isa));
         });
-        BYTES as f64 / seconds
+        size_of_val(&*self.0) as f64 / seconds
     }
 }
 
