@@ -1,4 +1,5 @@
-//! Measures experts with quantised weights against what the machine can do, in one process, best of several interleaved rounds.
+//! Measures experts with quantised weights against what the machine can do, in one process, in several interleaved rounds: of one row
+//! all rounds, of others the best.
 //!
 //! `cargo run --release -p sirocco-compute --example quant [avx2|avx512]` prints one JSON object a line:
 //! `{"name", "measured", "floor", "unit"}`. Two threads; hidden size 1024, intermediate size 3584. One row reads a different
